@@ -1,0 +1,20 @@
+"""Shared fixtures. The process environment is set before jax is imported anywhere."""
+
+import os
+import pathlib
+
+os.environ.setdefault("NPROC", "16")  # several simulated CPU devices on few cores deadlock without it (XLA CPU)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of golden data and real scans; VRDISTILL_SHARED overrides where it is looked for."""
+    path = pathlib.Path(os.environ.get("VRDISTILL_SHARED", ROOT.parent / "shared"))
+    if not (path / "golden").is_dir():
+        pytest.skip(f"golden data and real scans are not at {path} (set VRDISTILL_SHARED)")
+    return path

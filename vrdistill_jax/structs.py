@@ -1,0 +1,214 @@
+"""The data contract: what every reader, network, loss and evaluator passes to the next one.
+
+Frame: right-handed, z up, metres. Yaw is counter-clockwise about +z from +x, in [-pi, pi). A box is its centre, full
+size along its own axes, and yaw. `*_mask` is True where a row is real, `*_index` is -1 where there is nothing.
+
+The structs are NamedTuples: immutable, and JAX treats them as pytrees without registration, so that the NumPy-only
+layers (`data`, `geometry.host`, `data_prep`) build the very same structs without importing JAX. Fields hold NumPy or JAX
+arrays; a single sample has the same fields without the leading batch axis B. `validate` is called explicitly at the edges
+(readers, loaders, tests), never inside a traced function.
+
+Axes: B batch, N points, G ground-truth boxes, Q predictions, D detections, M points of a set, V vote slots, F and C features.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # a NumPy or a JAX array
+
+
+class Points(NamedTuple):
+    """A padded point cloud."""
+
+    xyz: Array  # f32[B, N, 3] metres
+    features: Array  # f32[B, N, F] colour in [0, 1] and/or height in metres, as the config names them
+    mask: Array  # bool[B, N]
+
+
+class Boxes(NamedTuple):
+    """Padded ground-truth boxes. Pads: centre 0, size 1, yaw 0, label -1, vote centre 0."""
+
+    center: Array  # f32[B, G, 3] metres
+    size: Array  # f32[B, G, 3] metres, full extents along the box axes
+    yaw: Array  # f32[B, G] radians
+    label: Array  # i32[B, G] class row, -1 in pads
+    mask: Array  # bool[B, G]
+    vote_center: Array  # f32[B, G, 3] where the votes of the object's points should land: the middle of its sampled
+    # points where instances are labelled (ScanNet), the box centre elsewhere
+
+
+class Scene(NamedTuple):
+    """One batch of clouds with, for training and evaluation, their boxes."""
+
+    points: Points
+    boxes: Boxes | None
+    point_instance: Array | None  # i32[B, N, V] rows of `boxes` that hold the point, -1 none; the first slot is the main one.
+    # V = 1 for instance labels; V = 3 where boxes overlap (SUN RGB-D), filled as VoteNet does
+    scene_from_input: Array  # f32[B, 4, 4] undoes nothing by itself: maps the file's frame to this (augmented) one
+    index: Array  # i32[B] row of the dataset, -1 unknown
+    mask: Array  # bool[B] False for the padding of a last, partial batch
+
+
+class PyramidLevel(NamedTuple):
+    """One set-abstraction level: which points are its centres and which points of the level above surround them."""
+
+    xyz: Array  # f32[B, M, 3] centres
+    mask: Array  # bool[B, M]
+    index: Array  # i32[B, M] rows of the level above (of the cloud, for the first level)
+    source_index: Array  # i32[B, M] rows of the cloud
+    neighbor_index: Array  # i32[B, M, S] rows of the level above; short balls repeat their first hit
+
+
+class Interpolation(NamedTuple):
+    """Three-nearest-neighbour interpolation from a coarse level to a finer one."""
+
+    index: Array  # i32[B, M, 3] rows of the coarse level, for each of the M points of the fine one
+    weight: Array  # f32[B, M, 3] sums to 1
+
+
+class PointPyramid(NamedTuple):
+    """All that a PointNet++ network needs to know of a cloud's geometry; depends on coordinates only."""
+
+    levels: tuple[PyramidLevel, ...]  # fine to coarse
+    interpolations: tuple[Interpolation, ...]  # in the order of PyramidConfig.interpolations
+
+
+class LevelConfig(NamedTuple):
+    """How one level of a point pyramid is built."""
+
+    num_centers: int
+    radius: float  # metres
+    num_neighbors: int
+
+
+class PyramidConfig(NamedTuple):
+    """How a point pyramid is built."""
+
+    levels: tuple[LevelConfig, ...]
+    interpolations: tuple[tuple[int, int], ...] = ()  # (from coarse level, to fine level), rows of `levels`
+
+
+class PointSet(NamedTuple):
+    """A set of points with features inside a network: what a tap offers to a distiller."""
+
+    xyz: Array  # f32[B, M, 3]
+    features: Array  # f32[B, M, C]
+    mask: Array  # bool[B, M]
+    seed_index: Array  # i32[B, M] row of the input cloud that the point goes back to
+
+
+class Predictions(NamedTuple):
+    """What every detector says about its Q candidates, in the contract's frame."""
+
+    center: Array  # f32[B, Q, 3]
+    size: Array  # f32[B, Q, 3]
+    yaw: Array  # f32[B, Q]
+    class_logits: Array  # f32[B, Q, K]
+    objectness: Array  # f32[B, Q] probability
+    mask: Array  # bool[B, Q]
+
+
+class DetectorOutput(NamedTuple):
+    """A detector's forward pass."""
+
+    predictions: Predictions
+    taps: dict[str, PointSet]
+    raw: Any  # the detector's own pytree, in its reference's parametrisation
+
+
+class Detections(NamedTuple):
+    """Final boxes, sorted by falling score."""
+
+    boxes: Array  # f32[B, D, 7] centre, size, yaw
+    score: Array  # f32[B, D] in [0, 1]
+    label: Array  # i32[B, D]
+    mask: Array  # bool[B, D]
+
+
+def pad_boxes(
+    center: np.ndarray, size: np.ndarray, yaw: np.ndarray, label: np.ndarray, capacity: int, vote_center=None
+) -> Boxes:
+    """Pads the boxes of one scene to a fixed capacity.
+
+    Args:
+      center: f32[g, 3] metres.
+      size: f32[g, 3] metres.
+      yaw: f32[g] radians.
+      label: i32[g].
+      capacity: G, rows of the result.
+      vote_center: f32[g, 3], or None for the box centres.
+
+    Returns:
+      Boxes without a batch axis.
+
+    Raises:
+      ValueError: if the scene has more boxes than the capacity.
+    """
+    count = len(center)
+    if count > capacity:
+        raise ValueError(
+            f"the scene has {count} boxes but the config holds {capacity}; raise config.dataset.max_boxes to {count}"
+        )
+    boxes = Boxes(
+        center=np.zeros((capacity, 3), np.float32),
+        size=np.ones((capacity, 3), np.float32),
+        yaw=np.zeros(capacity, np.float32),
+        label=np.full(capacity, -1, np.int32),
+        mask=np.arange(capacity) < count,
+        vote_center=np.zeros((capacity, 3), np.float32),
+    )
+    boxes.center[:count], boxes.size[:count] = center, size
+    boxes.yaw[:count], boxes.label[:count] = yaw, label
+    boxes.vote_center[:count] = center if vote_center is None else vote_center
+    return boxes
+
+
+def validate(scene: Scene) -> Scene:
+    """Checks shapes, dtypes, ranges and index bounds of a concrete batch.
+
+    Args:
+      scene: a batched scene of NumPy or JAX arrays (not tracers).
+
+    Returns:
+      The same scene, so that a call can be chained.
+
+    Raises:
+      ValueError: naming the field, what it holds and what is expected.
+    """
+    batch, count = np.shape(scene.points.mask)
+    _check(scene.points.xyz, "points.xyz", (batch, count, 3), np.float32)
+    _check(scene.points.features, "points.features", (batch, count, None), np.float32)
+    _check(scene.points.mask, "points.mask", (batch, count), np.bool_)
+    _check(scene.scene_from_input, "scene_from_input", (batch, 4, 4), np.float32)
+    _check(scene.index, "index", (batch,), np.int32)
+    _check(scene.mask, "mask", (batch,), np.bool_)
+    for name, array in (("xyz", scene.points.xyz), ("features", scene.points.features)):
+        if not np.isfinite(np.asarray(array)[np.asarray(scene.points.mask)]).all():
+            raise ValueError(f"points.{name} holds NaN or infinity; remove those rows before batching")
+    if scene.boxes is None:
+        return scene
+    boxes = scene.boxes
+    rows = np.shape(boxes.mask)[-1]
+    for name, shape in (("center", (3,)), ("size", (3,)), ("yaw", ()), ("vote_center", (3,))):
+        _check(getattr(boxes, name), f"boxes.{name}", (batch, rows, *shape), np.float32)
+    _check(boxes.label, "boxes.label", (batch, rows), np.int32)
+    mask = np.asarray(boxes.mask)
+    if (np.asarray(boxes.size)[mask] <= 0).any():
+        raise ValueError("boxes.size holds a value <= 0; sizes are full extents in metres")
+    if (np.asarray(boxes.label)[mask] < 0).any():
+        raise ValueError("boxes.label is negative on a valid box")
+    if scene.point_instance is not None:
+        instance = np.asarray(scene.point_instance)
+        _check(instance, "point_instance", (batch, count, None), np.int32)
+        if instance.min(initial=-1) < -1 or instance.max(initial=-1) >= rows:
+            raise ValueError(f"point_instance must lie in [-1, {rows}), got {instance.min()}..{instance.max()}")
+    return scene
+
+
+def _check(array: Array, name: str, shape: tuple[int | None, ...], dtype) -> None:
+    got = np.shape(array)
+    if len(got) != len(shape) or any(want not in (None, have) for want, have in zip(shape, got, strict=True)):
+        raise ValueError(f"{name} has shape {got}, expected {shape}")
+    if array.dtype != dtype:
+        raise ValueError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
