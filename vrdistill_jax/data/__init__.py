@@ -1,0 +1,1 @@
+"""Datasets, augmentation and the loader; imports no JAX."""

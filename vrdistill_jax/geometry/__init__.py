@@ -1,0 +1,1 @@
+"""Coordinates only, no parameters: boxes, overlap, suppression, sampling, neighbours, pyramids."""

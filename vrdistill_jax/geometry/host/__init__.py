@@ -1,0 +1,1 @@
+"""NumPy and numba twins of the geometry, for loader workers; imports no JAX."""

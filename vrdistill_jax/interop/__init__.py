@@ -1,0 +1,1 @@
+"""Importing other projects' checkpoints, without executing what they hold."""

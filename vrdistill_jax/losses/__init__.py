@@ -1,0 +1,1 @@
+"""Loss functions: they return unreduced values and take a mask."""

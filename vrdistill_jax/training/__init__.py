@@ -1,0 +1,1 @@
+"""State, optimiser, schedules, the step, parallelism, checkpoints and logs."""

@@ -1,0 +1,1 @@
+"""The HTML viewer, PLY files and figures."""
