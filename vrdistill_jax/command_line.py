@@ -1,0 +1,72 @@
+"""What all verbs share: finding config files, the compilation cache, and exit codes.
+
+Exit codes: 0 done, 1 a check failed, 2 bad input (one clear message).
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+
+def run_verb(main: Callable[[], int | None]) -> None:
+    """Parses the flags, runs `main` and exits with its code; bad input becomes one line and exit code 2.
+
+    Set VRDISTILL_TRACEBACK=1 to see where an error came from.
+    """
+    logging.set_verbosity(logging.WARNING)
+    debug = os.environ.get("VRDISTILL_TRACEBACK") == "1"
+    try:
+        argv = flags.FLAGS(find_config(sys.argv))
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+    except (flags.Error, ValueError, OSError, AttributeError, KeyError) as error:
+        if debug:
+            raise
+        _fail(error)
+
+    def guarded(_: list[str]) -> None:
+        keep_compilations()
+        try:
+            sys.exit(main() or 0)
+        except (ValueError, OSError) as error:
+            if debug:
+                raise
+            _fail(error)
+
+    app.run(guarded, argv=argv[:1], flags_parser=lambda args: args)
+
+
+def _fail(error: BaseException) -> None:
+    message = str(error).strip() or type(error).__name__
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def find_config(argv: list[str]) -> list[str]:
+    """Replaces --config=FILE by the copy inside the installed package where FILE is not there as given."""
+    packaged = pathlib.Path(__file__).parent
+    out = list(argv)
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name not in ("--config", "-config") or not equals:
+            continue
+        path, colon, argument = value.partition(":")
+        if not os.path.exists(path) and (packaged / path).exists():
+            out[i] = f"{name}={packaged / path}{colon}{argument}"
+    return out
+
+
+def cache_folder() -> pathlib.Path:
+    """Where datasets and compiled programs are kept between runs (VRDISTILL_CACHE overrides)."""
+    return pathlib.Path(os.environ.get("VRDISTILL_CACHE", "~/.cache/vrdistill_jax")).expanduser()
+
+
+def keep_compilations() -> None:
+    """Turns on JAX's persistent compilation cache, unless the user has set one."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

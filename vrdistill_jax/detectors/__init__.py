@@ -1,0 +1,26 @@
+"""Detectors: each file holds a model, its pyramid, targets, loss and decoding, beside the paper it implements.
+
+A detector is a module with
+  build(config, norm_axis_name=None) -> nn.Module   the network, applied as model.apply(variables, points, pyramid, train=...)
+  pyramid_config(config)                what the loader computes once per cloud
+  loss(output, scene, config, axis_name=None) -> (total, terms)
+  decode(output, points, config) -> Detections
+where `config` is `config.detector`.
+"""
+
+from types import ModuleType
+
+from vrdistill_jax.detectors import votenet
+
+DETECTORS: dict[str, ModuleType] = {"votenet": votenet}
+
+
+def find_detector(name: str) -> ModuleType:
+    """Returns the module of a detector.
+
+    Raises:
+      ValueError: listing the known names.
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"unknown detector {name!r}; known: {', '.join(sorted(DETECTORS))}")
+    return DETECTORS[name]

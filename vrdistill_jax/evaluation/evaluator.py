@@ -1,0 +1,44 @@
+"""Runs a detector over a labelled dataset and measures average precision."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vrdistill_jax.evaluation.average_precision import AveragePrecision
+from vrdistill_jax.structs import Detections, PointPyramid, Scene
+
+
+def evaluate(
+    predict: Callable[..., Detections],
+    batches: Iterable[tuple[Scene, PointPyramid]],
+    class_names: tuple[str, ...],
+    thresholds: tuple[float, ...] = (0.25, 0.5),
+) -> dict[str, Any]:
+    """Mean average precision of `predict`.
+
+    Args:
+      predict: predict(points, pyramid) -> Detections.
+      batches: labelled batches; rows whose scene.mask is False are left out.
+      class_names: K names.
+      thresholds: IoU thresholds.
+
+    Returns:
+      What AveragePrecision.compute returns.
+    """
+    precision = AveragePrecision(class_names, thresholds)
+    for scene, pyramid in batches:
+        detections = jax.tree.map(np.asarray, predict(scene.points, pyramid))
+        for row in np.flatnonzero(scene.mask):
+            add_scene(precision, jax.tree.map(lambda x, r=row: x[r], (detections, scene.boxes)))
+    return precision.compute()
+
+
+def add_scene(precision: AveragePrecision, pair) -> None:
+    """Adds one scene's (Detections, Boxes), without batch axis, to the accumulator."""
+    found, truth = pair
+    boxes = np.concatenate([truth.center, truth.size, truth.yaw[:, None]], axis=1)
+    precision.add(
+        found.boxes[found.mask], found.score[found.mask], found.label[found.mask], boxes[truth.mask], truth.label[truth.mask]
+    )

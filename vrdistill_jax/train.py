@@ -1,0 +1,169 @@
+"""Trains a detector.
+
+    python -m vrdistill_jax.train --config=configs/synthrooms.py
+    python -m vrdistill_jax.train --config=configs/synthrooms.py --workdir=runs/wide --config.detector.width=1.0
+
+The work directory receives checkpoints, metrics.jsonl, config.json, env.json and report.txt. Starting the same command
+again resumes it; on a CPU the result is bit for bit that of an uninterrupted run.
+"""
+
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from vrdistill_jax.command_line import run_verb
+from vrdistill_jax.data.loader import evaluation_batches, train_batches
+from vrdistill_jax.data.sources import open_source
+from vrdistill_jax.detectors import find_detector
+from vrdistill_jax.evaluation.average_precision import render_table
+from vrdistill_jax.evaluation.evaluator import evaluate
+from vrdistill_jax.training.checkpoint import RunCheckpoints, check_same_config
+from vrdistill_jax.training.logging import RunLog
+from vrdistill_jax.training.optimizer import make_optimizer
+from vrdistill_jax.training.parallel import AXIS, map_train_step
+from vrdistill_jax.training.schedules import learning_rate_schedule, norm_momentum_schedule
+from vrdistill_jax.training.state import Batch, count_parameters, init_state, init_variables
+from vrdistill_jax.training.step import find_non_finite, make_predict_step, make_train_step
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<name of the config file>.")
+_TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard files (extra: tensorboard).")
+
+
+def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dict:
+    """Trains `config` in `workdir`, resuming what is there.
+
+    Args:
+      config: ConfigDict as configs/synthrooms.py makes it.
+      workdir: folder of the run.
+      tensorboard: also write TensorBoard files.
+
+    Returns:
+      The final evaluation: what evaluation.average_precision returns.
+
+    Raises:
+      ValueError: for impossible configs, or a workdir that holds a run of another config.
+      FloatingPointError: when a loss term is no longer finite.
+    """
+    workdir = pathlib.Path(workdir)
+    check_same_config(workdir, config)
+
+    # ---- Data
+    detector = find_detector(config.detector.name)
+    pyramid = detector.pyramid_config(config.detector)
+    train_source, val_source = open_source(config.dataset, "train"), open_source(config.dataset, "val")
+    if len(train_source) < config.train.batch_size:
+        raise ValueError(f"{len(train_source)} training scenes do not fill a batch of {config.train.batch_size}")
+    steps_per_epoch = max(len(train_source) // config.train.batch_size, 1)
+    num_steps = config.train.num_steps
+
+    # ---- Model, optimiser, state
+    axis_name = AXIS if jax.local_device_count() > 1 else None
+    model = detector.build(config.detector, axis_name if config.train.sync_batch_norm else None)
+    learning_rate = learning_rate_schedule(config.optimizer, num_steps, steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, learning_rate)
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    scene, geometry = next(evaluation_batches(val_source, config, pyramid, 1))
+    state = init_state(init_variables(model, init_key, scene.points, geometry), optimizer)
+
+    # ---- Step
+    norm_momentum = norm_momentum_schedule(config.norm_momentum, steps_per_epoch)
+    step_fn = make_train_step(model, detector.loss, config.detector, optimizer, norm_momentum, axis_name)
+    step_fn = map_train_step(step_fn) if axis_name else jax.jit(step_fn, donate_argnums=(0,))
+    predict_fn = make_predict_step(model, detector.decode, config.detector)
+
+    def evaluate_state(state) -> dict:
+        batches = evaluation_batches(val_source, config, pyramid, config.train.eval_batch_size)
+        names = tuple(config.detector.class_names)
+        variables = jax.device_put(state.variables, jax.local_devices()[0])
+        return evaluate(lambda points, p: predict_fn(variables, points, p), batches, names)
+
+    # ---- Loop
+    with RunCheckpoints(workdir, config) as checkpoints:
+        if checkpoints.latest_step() is not None:
+            state = checkpoints.restore(state)
+        start = int(state.step)
+        log = RunLog(workdir, config, start, num_steps, tensorboard)
+        log.say(
+            f"{config.detector.name}, {count_parameters(state.params):,} parameters, {len(train_source)} training scenes, "
+            f"{'resuming at' if start else 'starting at'} step {start} of {num_steps}"
+        )
+        batches = train_batches(train_source, config, pyramid, start)
+        waiting, pending, result = 0.0, None, None
+        for step in range(start + 1, num_steps + 1):
+            began = time.perf_counter()
+            batch = Batch(*next(batches))
+            waiting += time.perf_counter() - began
+            state, metrics = step_fn(state, batch, run_key)
+            if pending is not None:  # looked at one step late, so that the device never waits for the host
+                check_finite(step - 1, pending)
+            pending = metrics
+            log.bar.update()
+            if step % config.train.log_every == 0 or step == num_steps:
+                check_finite(step, metrics)
+                extra = {"learning_rate": learning_rate(step - 1), "input_wait_s": waiting}
+                log.write(step, metrics | extra, "train/")
+                log.show({"loss": metrics["total"]} | {k: metrics[k] for k in ("vote", "objectness") if k in metrics})
+                waiting = 0.0
+            last = step == num_steps
+            scores = None
+            if step % config.train.eval_every == 0 or last:
+                check_finite(step, metrics)
+                result = evaluate_state(state)
+                scores = headline(result)
+                log.write(step, scores, "val/")
+                log.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            if step % config.train.checkpoint_every == 0 or scores or last:
+                check_finite(step, metrics)
+                checkpoints.save(state, scores)
+        log.close()
+    return result if result is not None else evaluate_state(state)
+
+
+def headline(result: dict) -> dict[str, float]:
+    """The two numbers that a run is judged by."""
+    return {name: float(result[name]) for name in ("mAP@0.25", "mAP@0.5")}
+
+
+def check_finite(step: int, metrics: dict) -> None:
+    """Stops the run at a loss that is NaN or infinite.
+
+    Raises:
+      FloatingPointError: naming the step and the terms.
+    """
+    bad = find_non_finite({name: np.asarray(value) for name, value in metrics.items()})
+    if bad:
+        raise FloatingPointError(
+            f"step {step}: {', '.join(bad)} not finite; the last checkpoint is untouched. Lower "
+            "config.optimizer.learning_rate or set config.optimizer.clip_norm"
+        )
+
+
+def main() -> int:
+    """Trains, then prints the per-class table and what to do next."""
+    if _CONFIG.value is None:
+        raise ValueError("--config is needed, for example --config=configs/synthrooms.py")
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
+    try:
+        result = train(_CONFIG.value, workdir, _TENSORBOARD.value)
+    except FloatingPointError as error:
+        print(f"error: {error}")
+        return 1
+    table = render_table(result)
+    (workdir / "report.txt").write_text(table + "\n")
+    print(table)
+    print(
+        f"\nThe run is in {workdir}. Next:\n"
+        f"  python -m vrdistill_jax.predict --checkpoint={workdir} --input=SCAN.ply   boxes, and a room in your browser\n"
+        f"  python -m vrdistill_jax.evaluate --checkpoint={workdir}                   this table again"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run_verb(main)

@@ -1,0 +1,174 @@
+"""Checkpoints through Orbax: one layout for training runs and for inference.
+
+    DIR/checkpoints/<step>/variables   {"params", "batch_stats"}: enough for inference, with ...
+                          /config      the whole config as JSON (architecture, class names, mean sizes)
+                          /training    step and optimiser state (absent in a checkpoint made for inference)
+                          /metrics     what "best" is judged by, where the step was evaluated
+
+Leaves are saved as NumPy arrays, so that they restore on any number and kind of devices without knowing the tree. Orbax
+writes to a temporary folder and renames: a killed save is never read.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers as policies
+
+from vrdistill_jax.training.state import TrainState
+
+BEST_METRIC = "mAP@0.25"
+
+
+class RunCheckpoints:
+    """The checkpoints of a training run: the latest one and the best one are kept.
+
+    Use as a context manager; leaving it waits for the last save.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, config: ConfigDict):
+        self._config = config
+        policy = policies.AnyPreservationPolicy([policies.LatestN(1), policies.BestN(get_metric_fn=_metric, n=1)])
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_metric)
+        with _quiet():
+            self._manager = ocp.CheckpointManager(_folder(workdir), options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        with _quiet():
+            self._manager.close()
+
+    def save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        """Writes the state; `metrics` (with BEST_METRIC) where this step was evaluated."""
+        state = jax.tree.map(np.asarray, state)
+        items = ocp.args.Composite(
+            variables=ocp.args.StandardSave(state.variables),
+            training=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            config=ocp.args.JsonSave(json.loads(self._config.to_json())),
+        )
+        with _quiet():
+            self._manager.save(int(state.step), args=items, metrics=metrics)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, template: TrainState) -> TrainState:
+        """Reads the newest checkpoint into the shape of `template` (a freshly initialised state)."""
+        template = jax.tree.map(np.asarray, template)
+        training = {"step": template.step, "opt_state": template.opt_state}
+        items = ocp.args.Composite(
+            variables=ocp.args.StandardRestore(template.variables), training=ocp.args.StandardRestore(training)
+        )
+        read = self._manager.restore(self._manager.latest_step(), args=items)
+        return TrainState(
+            read.training["step"], read.variables["params"], read.variables["batch_stats"], read.training["opt_state"]
+        )
+
+
+def check_same_config(workdir: str | pathlib.Path, config: ConfigDict) -> None:
+    """Refuses to resume a run under another config.
+
+    Args:
+      workdir: folder of a run, which may not exist yet.
+      config: what is to be trained now.
+
+    Raises:
+      ValueError: naming the first entries that differ.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(config.to_json()))
+    differing = [f"{k}: {before.get(k)} there, {now.get(k)} here" for k in sorted(before | now) if before.get(k) != now.get(k)]
+    if differing:
+        raise ValueError(
+            f"{workdir} holds a run of another config ({'; '.join(differing[:5])}); choose another --workdir or delete it"
+        )
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def save_inference_checkpoint(directory: str | pathlib.Path, variables: dict, config: ConfigDict) -> None:
+    """Writes variables and config so that predict, evaluate and the teacher option can load them.
+
+    Args:
+      directory: is created; may not hold checkpoints already.
+      variables: {"params", "batch_stats"}.
+      config: the whole config; `config.detector` describes the architecture.
+
+    Raises:
+      ValueError: if the directory holds checkpoints.
+    """
+    folder = _folder(directory)
+    with _quiet(), ocp.CheckpointManager(folder) as manager:
+        if manager.latest_step() is not None:
+            raise ValueError(f"{folder} already holds a checkpoint; choose an empty --output directory")
+        items = ocp.args.Composite(
+            variables=ocp.args.StandardSave(jax.tree.map(np.asarray, variables)),
+            config=ocp.args.JsonSave(json.loads(config.to_json())),
+        )
+        manager.save(0, args=items)
+
+
+def load_inference_checkpoint(directory: str | pathlib.Path, step: int | None = None) -> tuple[dict, ConfigDict]:
+    """Reads what inference needs.
+
+    Args:
+      directory: a run's workdir or an imported checkpoint (or their "checkpoints" folder).
+      step: which one; None for the best one where the run was evaluated, else the newest.
+
+    Returns:
+      ({"params", "batch_stats"} of NumPy arrays, config).
+
+    Raises:
+      ValueError: if there is no such checkpoint.
+    """
+    folder = pathlib.Path(directory).absolute()
+    folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint at {directory}: expected a folder {folder} as train and import_torch write it")
+    options = ocp.CheckpointManagerOptions(best_fn=_metric, read_only=True)
+    with _quiet(), ocp.CheckpointManager(folder, options=options) as manager:
+        steps = manager.all_steps()
+        if not steps:
+            raise ValueError(f"{folder} holds no complete checkpoint")
+        if step is None:
+            best = manager.best_step()
+            step = best if best is not None else manager.latest_step()
+        if step not in steps:
+            raise ValueError(f"{folder} has no step {step}; it has {', '.join(map(str, steps))}")
+        items = ocp.args.Composite(variables=ocp.args.StandardRestore(), config=ocp.args.JsonRestore())
+        read = manager.restore(step, args=items)
+    return read.variables, ConfigDict(read.config)
+
+
+def _folder(directory: str | pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(directory).absolute() / "checkpoints"
+
+
+def _metric(metrics: Any) -> float:
+    return metrics[BEST_METRIC]
+
+
+class _quiet:
+    """Silences Orbax's routine warnings (a step without metrics, a read-only manager), not its errors."""
+
+    def __enter__(self):
+        self._level = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+
+    def __exit__(self, *exception):
+        logging.set_verbosity(self._level)
