@@ -11,11 +11,17 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 
-def run_verb(main: Callable[[], int | None]) -> None:
+def run_verb(main: Callable[[], int | None], *, large_memory: bool = False) -> None:
     """Parses the flags, runs `main` and exits with its code; bad input becomes one line and exit code 2.
 
     Set VRDISTILL_TRACEBACK=1 to see where an error came from.
+
+    Args:
+      main: reads its flags and returns an exit code (None for 0).
+      large_memory: whether the verb moves gigabytes, as training does; see `use_huge_pages`.
     """
+    if large_memory:
+        use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     debug = os.environ.get("VRDISTILL_TRACEBACK") == "1"
     try:
@@ -57,6 +63,22 @@ def find_config(argv: list[str]) -> list[str]:
         if not os.path.exists(path) and (packaged / path).exists():
             out[i] = f"{name}={packaged / path}{colon}{argument}"
     return out
+
+
+def use_huge_pages() -> None:
+    """Restarts this process once with glibc told to use huge pages and to keep freed memory (Linux only).
+
+    XLA's CPU back end allocates its scratch memory anew for each step; page by page, the kernel then spends more time on
+    it than the computation takes. With these settings a training step is about 1.7 times faster.
+    """
+    settings = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    }
+    if sys.platform != "linux" or any(name in os.environ for name in settings):
+        return
+    os.execve(sys.executable, sys.orig_argv, os.environ | settings)
 
 
 def cache_folder() -> pathlib.Path:

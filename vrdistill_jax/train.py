@@ -166,4 +166,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main)
+    run_verb(main, large_memory=True)

@@ -129,12 +129,11 @@ def middle_of_instances(xyz: np.ndarray, instance: np.ndarray, fallback: np.ndar
 
     Source: VoteNet's ScanNet loader, which aims votes there and not at the labelled box centre.
     """
-    low = np.full(fallback.shape, np.inf, np.float32)
-    high = np.full(fallback.shape, -np.inf, np.float32)
-    on_object = instance >= 0
-    np.minimum.at(low, instance[on_object], xyz[on_object])
-    np.maximum.at(high, instance[on_object], xyz[on_object])
-    return np.where(np.isfinite(low), 0.5 * (low + high), fallback).astype(np.float32)
+    middle = np.array(fallback, np.float32)
+    for row in np.unique(instance[instance >= 0]):
+        points = xyz[instance == row]
+        middle[row] = 0.5 * (points.min(axis=0) + points.max(axis=0))
+    return middle
 
 
 def vote_slots(xyz: np.ndarray, boxes: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ blends them into the running ones, outside the network. The momentum is therefor
 training step, and a schedule such as VoteNet's costs no recompilation.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -36,14 +37,21 @@ class MaskedBatchNorm(nn.Module):
         self.var = self.variable("batch_stats", "var", jnp.ones, (self.size,))
 
     def __call__(
-        self, x: Float[Array, "*n c"], mask: Bool[Array, "*m"] | None = None, *, train: bool
+        self,
+        x: Float[Array, "*n c"],
+        mask: Bool[Array, "*m"] | None = None,
+        *,
+        train: bool,
+        statistics_of: Float[Array, "*k c"] | None = None,
     ) -> Float[Array, "*n c"]:
         """Normalises each channel.
 
         Args:
           x: f32[..., C].
-          mask: bool, broadcastable to x.shape[:-1]; None for all valid.
+          mask: bool, broadcastable to the leading axes of what the statistics are taken of; None for all valid.
           train: whether to use (and record) this batch's statistics instead of the running ones.
+          statistics_of: f32[..., C] to take the batch's statistics of, where that is not x itself (x may be a pooled form
+            of it).
 
         Returns:
           f32[..., C]; rows that are masked out are normalised too but mean nothing.
@@ -51,7 +59,7 @@ class MaskedBatchNorm(nn.Module):
         if not train:
             scale, shift = self.folded()
             return x * scale + shift
-        mean, var, count = self._moments(x, mask)
+        mean, var, count = self._moments(x if statistics_of is None else statistics_of, mask)
         if not self.is_initializing():
             unbiased = var * count / jnp.maximum(count - 1, 1)
             self.mean.value = jnp.where(count > 0, mean, self.mean.value)
@@ -66,23 +74,26 @@ class MaskedBatchNorm(nn.Module):
 
     def _moments(self, x, mask):
         """Mean, biased variance and number of valid rows, over all devices when `axis_name` is set."""
-        axes = tuple(range(x.ndim - 1))
+        if mask is None:
+            mask = jnp.ones((1,) * (x.ndim - 1), bool)
+        rows = jnp.broadcast_shapes(x.shape[:-1], mask.shape)
+        # Axes along which the mask is constant are summed before it is applied: the large array is read once, unmasked.
+        constant = tuple(axis for axis, size in enumerate(mask.shape) if size == 1)
+        rest = tuple(range(x.ndim - 1))
 
         def total(values):
-            summed = jnp.sum(values, axes)
-            return summed if self.axis_name is None else jax.lax.psum(summed, self.axis_name)
+            partial = jnp.sum(values, constant, keepdims=True)
+            return self._over_devices(jnp.sum(jnp.where(mask[..., None], partial, 0.0), rest))
 
-        if mask is None:
-            weight = jnp.ones((1,) * x.ndim, x.dtype)
-            count = total(jnp.ones(x.shape[:-1] + (1,), x.dtype))[0]
-        else:
-            weight = jnp.broadcast_to(mask, x.shape[:-1])[..., None].astype(x.dtype)
-            count = total(weight)[0]
-            x = jnp.where(weight > 0, x, 0.0)
+        repeats = math.prod(rows[axis] for axis in constant)
+        count = self._over_devices(jnp.sum(mask, dtype=x.dtype) * repeats)
         safe = jnp.maximum(count, 1)
-        mean = total(x * weight) / safe
-        var = total(jnp.square(x - mean) * weight) / safe
+        mean = total(x) / safe
+        var = total(jnp.square(x - mean)) / safe
         return mean, var, count
+
+    def _over_devices(self, value):
+        return value if self.axis_name is None else jax.lax.psum(value, self.axis_name)
 
 
 NormFactory = Callable[..., nn.Module]  # called as norm(size=C)

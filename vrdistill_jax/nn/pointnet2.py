@@ -9,7 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.geometry.interpolation import interpolate
@@ -66,15 +66,21 @@ class SetAbstraction(nn.Module):
         return per_point, centers @ (kernel[:3] / self.radius)
 
     def _pool_all(self, xyz, features, level):
-        """All groups at once: batch norm needs the statistics of every group before it can go on."""
-        first, *others = self.mlp.layers
+        """All groups at once: batch norm needs the statistics of every group before it can go on.
+
+        The last norm and ReLU are monotone in each channel, so they are applied after the pooling, to one value per
+        centre instead of one per neighbour.
+        """
+        first, *middle, last = self.mlp.layers
         per_point, per_center = self._first_products(first.dense.kernel, xyz, features, level.xyz)
         mask = level.mask[:, :, None]
         x = gather_rows(per_point, level.neighbor_index) - per_center[:, :, None]
         x = first.finish(x, mask, train=True)
-        for layer in others:
+        for layer in middle:
             x = layer(x, mask, train=True)
-        return jnp.max(x, axis=2)
+        x = last.dense(x)
+        pooled = pool_extremes(x, last.normalize.scale >= 0)
+        return jax.nn.relu(last.normalize(pooled, mask, train=True, statistics_of=x))
 
     def _pool_blocked(self, xyz, features, centers, neighbor_index):
         """One cloud, block after block of centres, batch norm folded into the kernels."""
@@ -90,6 +96,38 @@ class SetAbstraction(nn.Module):
             return jnp.max(x.reshape(*index.shape, -1), axis=1)
 
         return _map_blocks(pool, (per_center, neighbor_index), CENTERS_PER_BLOCK)
+
+
+@jax.custom_vjp
+def pool_extremes(x: Float[Array, "b m s c"], rising: Bool[Array, " c"]) -> Float[Array, "b m c"]:
+    """The largest (where `rising`) or smallest value of each channel over the neighbours.
+
+    Args:
+      x: f32[B, M, S, C].
+      rising: bool[C].
+
+    Returns:
+      f32[B, M, C]. Its gradient is shared equally among equal extremes, as jnp.max does, in a form that costs a fifth of
+      jnp.max's on a CPU.
+    """
+    sign = jnp.where(rising, 1.0, -1.0)
+    return jnp.max(x * sign, axis=2) * sign
+
+
+def _pool_forward(x, rising):
+    pooled = pool_extremes(x, rising)
+    return pooled, (x, pooled)
+
+
+def _pool_backward(residuals, gradient):
+    x, pooled = residuals
+    # Written slot by slot: XLA's CPU back end turns the plain sum over the axis into something three times slower.
+    ties = sum((x[:, :, slot] == pooled).astype(x.dtype) for slot in range(x.shape[2]))
+    share = gradient / ties
+    return jnp.where(x == pooled[:, :, None], share[:, :, None], 0.0), None
+
+
+pool_extremes.defvjp(_pool_forward, _pool_backward)
 
 
 def _map_blocks(function, arrays, block):
