@@ -11,7 +11,13 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 
-def run_verb(main: Callable[[], int | None], *, large_memory: bool = False) -> None:
+def run_verb(
+    main: Callable[[], int | None],
+    *,
+    large_memory: bool = False,
+    uses_jax: bool = True,
+    positional: str | None = None,
+) -> None:
     """Parses the flags, runs `main` and exits with its code; bad input becomes one line and exit code 2.
 
     Set VRDISTILL_TRACEBACK=1 to see where an error came from.
@@ -19,22 +25,30 @@ def run_verb(main: Callable[[], int | None], *, large_memory: bool = False) -> N
     Args:
       main: reads its flags and returns an exit code (None for 0).
       large_memory: whether the verb moves gigabytes, as training does; see `use_huge_pages`.
+      uses_jax: False leaves JAX unimported, for the verbs that prepare data.
+      positional: name of the flag that one argument without a name sets.
     """
     if large_memory:
         use_huge_pages()
     logging.set_verbosity(logging.WARNING)
     debug = os.environ.get("VRDISTILL_TRACEBACK") == "1"
-    try:
-        argv = flags.FLAGS(find_config(sys.argv))
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-    except (flags.Error, ValueError, OSError, AttributeError, KeyError) as error:
-        if debug:
-            raise
-        _fail(error)
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            if positional and len(rest) == 2:
+                flags.FLAGS[positional].parse(rest.pop())
+            if len(rest) > 1:
+                raise ValueError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+        except (flags.Error, ValueError, OSError, AttributeError, KeyError) as error:
+            if debug:
+                raise
+            _fail(error)
+        return rest
 
     def guarded(_: list[str]) -> None:
-        keep_compilations()
+        if uses_jax:
+            keep_compilations()
         try:
             sys.exit(main() or 0)
         except (ValueError, OSError) as error:
@@ -42,11 +56,14 @@ def run_verb(main: Callable[[], int | None], *, large_memory: bool = False) -> N
                 raise
             _fail(error)
 
-    app.run(guarded, argv=argv[:1], flags_parser=lambda args: args)
+    app.run(guarded, argv=find_config(sys.argv), flags_parser=parse)
 
 
 def _fail(error: BaseException) -> None:
     message = str(error).strip() or type(error).__name__
+    if "Traceback (most recent call last)" in message:  # ml_collections puts a config file's own error into its message
+        lines = message.splitlines()
+        message = f"{lines[0]} {lines[-1]}"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,7 +1,8 @@
-"""Readers for the scans that people bring: `.ply`, `.npy`, `.npz` and mmdetection3d's `.bin`.
+"""Readers for the scans that people bring: `.ply`, `.pcd`, `.las`, `.npy`, `.npz`, mmdetection3d's `.bin`.
 
 Coordinates are returned as the file has them; `point_checks` deals with units, axes and invalid rows.
-`point_tables` reads the formats without trusting them; here it is decided what the columns mean.
+`point_tables` and `point_formats` read the formats without trusting them; here it is decided what the
+columns mean.
 """
 
 import io
@@ -14,11 +15,18 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from vrdistill_jax.data.point_tables import MAX_ARRAY_BYTES, PointFileError, read_npy_table, read_ply_table
+from vrdistill_jax.data.point_formats import read_las_table, read_pcd_table
+from vrdistill_jax.data.point_tables import (
+    MAX_ARRAY_BYTES,
+    PlyTable,
+    PointFileError,
+    read_npy_table,
+    read_ply_table,
+)
 
 __all__ = ["FORMATS", "PointCloud", "PointFileError", "read_points"]
 
-FORMATS = (".ply", ".npy", ".npz", ".bin")
+FORMATS = (".ply", ".pcd", ".las", ".npy", ".npz", ".bin")
 XYZ_KEYS = (
     *("points", "pc", "xyz", "point_cloud", "pointcloud", "cloud", "coord", "coords"),
     *("vertices", "verts", "pos", "positions"),
@@ -42,7 +50,7 @@ class PointCloud(NamedTuple):
 
 
 def read_points(path: str | os.PathLike, columns: int | None = None) -> PointCloud:
-    """Reads a point cloud from a `.ply`, `.npy`, `.npz` or `.bin` file.
+    """Reads a point cloud from a file of one of the `FORMATS`.
 
     Columns of an array: the first three are x, y, z; of six or more, columns 4 to 6 are red, green, blue
     (0..1 or 0..255, told apart by their range); any other column is ignored with a warning. A `.bin` is
@@ -61,6 +69,8 @@ def read_points(path: str | os.PathLike, columns: int | None = None) -> PointClo
     """
     path = pathlib.Path(path)
     suffix = path.suffix.lower()
+    if suffix == ".laz":
+        raise PointFileError(path, "is compressed (LAZ)", "unpack it to .las, for example with laszip")
     if suffix not in FORMATS:
         raise PointFileError(path, f"unknown ending {suffix!r}", f"convert it to one of {', '.join(FORMATS)}")
     if columns is not None and columns < 3:
@@ -76,6 +86,10 @@ def read_points(path: str | os.PathLike, columns: int | None = None) -> PointClo
             match suffix:
                 case ".ply":
                     return _read_ply(path, stream, size)
+                case ".pcd":
+                    return _cloud_from_table(path, read_pcd_table(path, stream, size), "PCD")
+                case ".las":
+                    return _cloud_from_table(path, read_las_table(path, stream, size), "LAS")
                 case ".npy":
                     return _cloud_from_array(path, read_npy_table(path, stream, size), "npy")
                 case ".npz":
@@ -92,14 +106,17 @@ def read_points(path: str | os.PathLike, columns: int | None = None) -> PointClo
 
 def _read_ply(path: pathlib.Path, stream: BinaryIO, size: int) -> PointCloud:
     names = ("x", "y", "z", *(name for triple in _COLOR_NAMES for name in triple))
-    table = read_ply_table(path, stream, size, names)
+    return _cloud_from_table(path, read_ply_table(path, stream, size, names), "PLY")
+
+
+def _cloud_from_table(path: pathlib.Path, table: PlyTable, kind: str) -> PointCloud:
     colors = next((triple for triple in _COLOR_NAMES if set(triple) <= table.columns.keys()), ())
     color = None
     if colors:
         values = _stack([table.columns[name] for name in colors])
         color = _scale_color(values, table.warnings, table.kinds[colors[0]])
     xyz = _stack([table.columns[name] for name in "xyz"])
-    return _cloud(path, xyz, color, f"PLY, {table.layout}", table.warnings)
+    return _cloud(path, xyz, color, f"{kind}, {table.layout}", table.warnings)
 
 
 def _read_npz(path: pathlib.Path, stream: BinaryIO) -> PointCloud:

@@ -32,4 +32,12 @@ def _open_synthrooms(config: Any, split: str) -> Sequence[dict]:
     return open_split(prepare_synthrooms(rooms, config.data_dir or None), split)
 
 
-SOURCES = {"synthrooms": _open_synthrooms}
+def _open_prepared(config: Any, split: str) -> Sequence[dict]:
+    from vrdistill_jax.data.builders import open_split
+
+    if not config.data_dir:
+        raise ValueError("config.dataset.data_dir is empty; name the folder that a data_prep verb wrote")
+    return open_split(config.data_dir, split)
+
+
+SOURCES = {"synthrooms": _open_synthrooms, "prepared": _open_prepared}

@@ -23,8 +23,9 @@ CENTERS_PER_BLOCK = 128  # keeps the grouped activations of a block in the proce
 class SetAbstraction(nn.Module):
     """Max-pools an MLP over the neighbours of each centre.
 
-    The MLP reads [(x_j - c_i) / radius, f_j]. Its first linear map is applied per point and per centre instead of per
-    pair: W [(x_j - c_i) / r; f_j] = (W_x x_j / r + W_f f_j) - W_x c_i / r, the same up to rounding.
+    The MLP reads [(x_j - c_i) / radius, f_j]. The part of its first linear map that reads features is applied per point
+    instead of per pair. (The coordinates could be split as well, W x_j / r - W c_i / r, but far from the origin that
+    difference loses digits.)
 
     Attributes:
       input_size: F, feature channels of the source points (may be 0).
@@ -61,10 +62,6 @@ class SetAbstraction(nn.Module):
             return self._pool_all(xyz, features, level)
         return jax.vmap(self._pool_blocked)(xyz, features, level.xyz, level.neighbor_index)
 
-    def _first_products(self, kernel, xyz, features, centers):
-        per_point = xyz @ (kernel[:3] / self.radius) + features @ kernel[3:]
-        return per_point, centers @ (kernel[:3] / self.radius)
-
     def _pool_all(self, xyz, features, level):
         """All groups at once: batch norm needs the statistics of every group before it can go on.
 
@@ -72,9 +69,10 @@ class SetAbstraction(nn.Module):
         centre instead of one per neighbour.
         """
         first, *middle, last = self.mlp.layers
-        per_point, per_center = self._first_products(first.dense.kernel, xyz, features, level.xyz)
         mask = level.mask[:, :, None]
-        x = gather_rows(per_point, level.neighbor_index) - per_center[:, :, None]
+        kernel = first.dense.kernel
+        relative = (gather_rows(xyz, level.neighbor_index) - level.xyz[:, :, None]) / self.radius
+        x = relative @ kernel[:3] + gather_rows(features @ kernel[3:], level.neighbor_index)
         x = first.finish(x, mask, train=True)
         for layer in middle:
             x = layer(x, mask, train=True)
@@ -85,17 +83,18 @@ class SetAbstraction(nn.Module):
     def _pool_blocked(self, xyz, features, centers, neighbor_index):
         """One cloud, block after block of centres, batch norm folded into the kernels."""
         (kernel, bias), *others = [layer.folded() for layer in self.mlp.layers]
-        per_point, per_center = self._first_products(kernel, xyz, features, centers)
+        product = features @ kernel[3:] + bias
 
         def pool(block):
-            center_product, index = block
-            x = per_point.at[index].get(mode="promise_in_bounds") - center_product[:, None]
-            x = jax.nn.relu(x + bias).reshape(-1, x.shape[-1])
-            for kernel, shift in others:
-                x = jax.nn.relu(x @ kernel + shift)
+            centers, index = block
+            relative = (xyz.at[index].get(mode="clip") - centers[:, None]) / self.radius
+            x = relative @ kernel[:3] + product.at[index].get(mode="clip")
+            x = jax.nn.relu(x).reshape(-1, x.shape[-1])
+            for weight, shift in others:
+                x = jax.nn.relu(x @ weight + shift)
             return jnp.max(x.reshape(*index.shape, -1), axis=1)
 
-        return _map_blocks(pool, (per_center, neighbor_index), CENTERS_PER_BLOCK)
+        return _map_blocks(pool, (centers, neighbor_index), CENTERS_PER_BLOCK)
 
 
 @jax.custom_vjp

@@ -46,10 +46,12 @@ def norm_momentum_schedule(config: Any, steps_per_epoch: int) -> optax.Schedule:
       config: config.norm_momentum with initial, factor, decay_epochs, floor.
       steps_per_epoch: translates epochs.
     """
+    if config.factor == 1.0:
+        return optax.constant_schedule(config.initial)
     return optax.exponential_decay(
         config.initial,
         transition_steps=max(int(config.decay_epochs * steps_per_epoch), 1),
         decay_rate=config.factor,
         staircase=True,
-        end_value=min(config.floor, config.initial),
+        end_value=config.floor,
     )

@@ -1,0 +1,114 @@
+"""A Keras VoteNet for SUN RGB-D (.h5 weights) -> our variables.
+
+The file holds 25 convolutions and 23 batch norms, numbered in the order of the network. Its network differs
+from the published one: votes are grouped within 0.8 m, 64 at most, their features are not scaled to unit
+length, batch norms have Keras' epsilon, and no convolution in front of a norm has a bias.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from vrdistill_jax.interop.name_map import Rule, Variables, map_tensors
+from vrdistill_jax.interop.torch_votenet import configure_from_shapes, votenet_config
+
+# (path of a PointMLP in our variables, its layers), in the order of the network
+_ORDER = (
+    *((f"backbone/sa{n}/mlp", 3) for n in range(1, 5)),
+    *((f"backbone/fp{n}/mlp", 2) for n in (1, 2)),
+    ("voting", 2),
+    ("voting_out", 0),
+    ("aggregation/mlp", 3),
+    ("proposal", 2),
+    ("proposal_out", 0),
+)
+_NORM_LEAVES = (
+    ("gamma", "params", "scale"),
+    ("beta", "params", "bias"),
+    ("moving_mean", "batch_stats", "mean"),
+    ("moving_variance", "batch_stats", "var"),
+)
+
+
+def read_keras_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads the arrays of a Keras weight file as {"conv2d_1/kernel": array, ...}.
+
+    Raises:
+      ValueError: if h5py is not installed or the file is no HDF5 file.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError("reading Keras weights needs h5py: pip install 'vrdistill-jax[keras]'") from error
+    tensors: dict[str, np.ndarray] = {}
+
+    def collect(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            layer, _, leaf = name.rpartition("/")
+            tensors[f"{layer.rpartition('/')[2]}/{leaf.partition(':')[0]}"] = item[()]
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(collect)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read as an HDF5 file ({error}); copy or download it again"
+        ) from error
+    return tensors
+
+
+def keras_rules() -> list[Rule]:
+    """The file's names in the order of the network."""
+    rules, conv, norm = [], 0, 0
+    for path, layers in _ORDER:
+        for n in range(max(layers, 1)):
+            conv += 1
+            dense = f"{path}/layer{n}/dense" if layers else path
+            rules.append(Rule(f"conv2d_{conv}/kernel", f"params/{dense}/kernel", _kernel))
+            if not layers:
+                rules.append(Rule(f"conv2d_{conv}/bias", f"params/{dense}/bias"))
+                continue
+            norm += 1
+            for theirs, collection, ours in _NORM_LEAVES:
+                rules.append(
+                    Rule(f"batch_normalization_{norm}/{theirs}", f"{collection}/{path}/layer{n}/norm/{ours}")
+                )
+    return rules
+
+
+def variables_from_keras(path: str | pathlib.Path, dataset: str = "sunrgbd") -> tuple[Variables, ConfigDict]:
+    """Reads the weights and says which network they are for.
+
+    Args:
+      path: the .h5 file.
+      dataset: "sunrgbd" (or "scannet" for a file of the same layout with that head).
+
+    Returns:
+      ({"params", "batch_stats"}, config) with the config's deviations set.
+
+    Raises:
+      ValueError: if h5py is missing, the file is damaged, or tensors are missing or unknown.
+    """
+    variables = map_tensors(read_keras_file(path), keras_rules())
+    for name in (
+        "voting",
+        "proposal",
+    ):  # our layers have the official model's redundant bias in front of the norm
+        for layer in variables["params"][name].values():
+            layer["dense"]["bias"] = np.zeros(layer["dense"]["kernel"].shape[1], np.float32)
+    config = configure_from_shapes(variables, votenet_config(dataset))
+    config.detector.aggregation_radius = 0.8
+    config.detector.aggregation_neighbors = 64
+    config.detector.normalize_votes = False
+    config.detector.norm_epsilon = 1e-3
+    return variables, config
+
+
+def _kernel(weight: np.ndarray) -> np.ndarray:
+    if weight.ndim != 4 or weight.shape[:2] != (1, 1):
+        raise ValueError(
+            f"expected the kernel of a 1x1 convolution [1, 1, in, out], got shape {weight.shape}"
+        )
+    return weight[0, 0]
