@@ -61,7 +61,9 @@ def run_verb(
 
 def _fail(error: BaseException) -> None:
     message = str(error).strip() or type(error).__name__
-    if "Traceback (most recent call last)" in message:  # ml_collections puts a config file's own error into its message
+    if (
+        "Traceback (most recent call last)" in message
+    ):  # ml_collections puts a config file's own error into its message
         lines = message.splitlines()
         message = f"{lines[0]} {lines[-1]}"
     print(f"error: {message}", file=sys.stderr)
@@ -107,5 +109,5 @@ def keep_compilations() -> None:
     """Turns on JAX's persistent compilation cache, unless the user has set one."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values.get("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

@@ -1,7 +1,7 @@
 """Measures a checkpoint on a labelled dataset.
 
-    python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms
-    python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --split=train --json=train.json
+python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms
+python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --split=train --json=train.json
 """
 
 import json
@@ -43,7 +43,9 @@ def evaluate_checkpoint(checkpoint: str, split: str = "val", data_dir: str | Non
     source = open_source(config.dataset, split)
     pyramid = detector.pyramid_config(config.detector)
     batches = evaluation_batches(source, config, pyramid, config.train.eval_batch_size)
-    return evaluate(lambda points, p: predict(variables, points, p), batches, tuple(config.detector.class_names))
+    return evaluate(
+        lambda points, p: predict(variables, points, p), batches, tuple(config.detector.class_names)
+    )
 
 
 def main() -> int:

@@ -35,7 +35,9 @@ _INPUT = flags.DEFINE_multi_string("input", [], "A scan; may be repeated.")
 _OUTPUT = flags.DEFINE_string("output", "predictions", "Folder of the results.")
 _MIN_SCORE = flags.DEFINE_float("min_score", 0.5, "Keep boxes scored higher than this, in [0, 1].", 0.0, 1.0)
 _UNITS = flags.DEFINE_enum("units", "auto", ["auto", "m", "cm", "mm", "in", "ft"], "Units of the scan.")
-_UP = flags.DEFINE_enum("up", "auto", ["auto", "x", "y", "z", "-x", "-y", "-z"], "Axis of the scan that points up.")
+_UP = flags.DEFINE_enum(
+    "up", "auto", ["auto", "x", "y", "z", "-x", "-y", "-z"], "Axis of the scan that points up."
+)
 _COLUMNS = flags.DEFINE_integer("columns", None, "Values per point of a .bin file.", 3)
 
 
@@ -80,7 +82,9 @@ class Predictor:
         return jax.tree.map(lambda x: x[found.mask], found)
 
 
-def describe_detections(found: Detections, checked: CheckedCloud, class_names: tuple[str, ...]) -> list[dict[str, Any]]:
+def describe_detections(
+    found: Detections, checked: CheckedCloud, class_names: tuple[str, ...]
+) -> list[dict[str, Any]]:
     """The detections as JSON-ready records, in the working frame and in the frame of the input file."""
     center, corners = input_from_scene_boxes(found.boxes, checked.scene_from_input)
     return [
@@ -97,7 +101,9 @@ def describe_detections(found: Detections, checked: CheckedCloud, class_names: t
     ]
 
 
-def write_results(folder: pathlib.Path, source: str, checked: CheckedCloud, found: Detections, predictor: Predictor) -> None:
+def write_results(
+    folder: pathlib.Path, source: str, checked: CheckedCloud, found: Detections, predictor: Predictor
+) -> None:
     """Writes detections.json, boxes.ply and viewer.html."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -127,10 +133,13 @@ def write_results(folder: pathlib.Path, source: str, checked: CheckedCloud, foun
 def main() -> int:
     """Predicts every input."""
     if _CHECKPOINT.value is None or not _INPUT.value:
-        raise ValueError("--checkpoint and --input are needed, for example --checkpoint=runs/synthrooms --input=room.ply")
+        raise ValueError(
+            "--checkpoint and --input are needed, for example --checkpoint=runs/synthrooms --input=room.ply"
+        )
     # Every input is read and checked before the model is loaded: bad input fails at once.
     scans = [
-        (path, check_points(read_points(path, _COLUMNS.value), units=_UNITS.value, up=_UP.value)) for path in _INPUT.value
+        (path, check_points(read_points(path, _COLUMNS.value), units=_UNITS.value, up=_UP.value))
+        for path in _INPUT.value
     ]
     names = [pathlib.Path(path).stem for path, _ in scans]
     predictor = Predictor(_CHECKPOINT.value, _MIN_SCORE.value)

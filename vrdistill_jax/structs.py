@@ -34,7 +34,9 @@ class Boxes(NamedTuple):
     yaw: Array  # f32[B, G] radians
     label: Array  # i32[B, G] class row, -1 in pads
     mask: Array  # bool[B, G]
-    vote_center: Array  # f32[B, G, 3] where the votes of the object's points should land: the middle of its sampled
+    vote_center: (
+        Array  # f32[B, G, 3] where the votes of the object's points should land: the middle of its sampled
+    )
     # points where instances are labelled (ScanNet), the box centre elsewhere
 
 
@@ -43,9 +45,13 @@ class Scene(NamedTuple):
 
     points: Points
     boxes: Boxes | None
-    point_instance: Array | None  # i32[B, N, V] rows of `boxes` that hold the point, -1 none; the first slot is the main one.
+    point_instance: (
+        Array | None
+    )  # i32[B, N, V] rows of `boxes` that hold the point, -1 none; the first slot is the main one.
     # V = 1 for instance labels; V = 3 where boxes overlap (SUN RGB-D), filled as VoteNet does
-    scene_from_input: Array  # f32[B, 4, 4] undoes nothing by itself: maps the file's frame to this (augmented) one
+    scene_from_input: (
+        Array  # f32[B, 4, 4] undoes nothing by itself: maps the file's frame to this (augmented) one
+    )
     index: Array  # i32[B] row of the dataset, -1 unknown
     mask: Array  # bool[B] False for the padding of a last, partial batch
 
@@ -202,7 +208,9 @@ def validate(scene: Scene) -> Scene:
         instance = np.asarray(scene.point_instance)
         _check(instance, "point_instance", (batch, count, None), np.int32)
         if instance.min(initial=-1) < -1 or instance.max(initial=-1) >= rows:
-            raise ValueError(f"point_instance must lie in [-1, {rows}), got {instance.min()}..{instance.max()}")
+            raise ValueError(
+                f"point_instance must lie in [-1, {rows}), got {instance.min()}..{instance.max()}"
+            )
     return scene
 
 

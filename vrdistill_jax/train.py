@@ -30,7 +30,9 @@ from vrdistill_jax.training.state import Batch, count_parameters, init_state, in
 from vrdistill_jax.training.step import find_non_finite, make_predict_step, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<name of the config file>.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is kept; default runs/<name of the config file>."
+)
 _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard files (extra: tensorboard).")
 
 
@@ -57,7 +59,9 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
     pyramid = detector.pyramid_config(config.detector)
     train_source, val_source = open_source(config.dataset, "train"), open_source(config.dataset, "val")
     if len(train_source) < config.train.batch_size:
-        raise ValueError(f"{len(train_source)} training scenes do not fill a batch of {config.train.batch_size}")
+        raise ValueError(
+            f"{len(train_source)} training scenes do not fill a batch of {config.train.batch_size}"
+        )
     steps_per_epoch = max(len(train_source) // config.train.batch_size, 1)
     num_steps = config.train.num_steps
 
@@ -107,7 +111,10 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
                 check_finite(step, metrics)
                 extra = {"learning_rate": learning_rate(step - 1), "input_wait_s": waiting}
                 log.write(step, metrics | extra, "train/")
-                log.show({"loss": metrics["total"]} | {k: metrics[k] for k in ("vote", "objectness") if k in metrics})
+                log.show(
+                    {"loss": metrics["total"]}
+                    | {k: metrics[k] for k in ("vote", "objectness") if k in metrics}
+                )
                 waiting = 0.0
             last = step == num_steps
             scores = None

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-
 from scenes import make_sample
+
 from vrdistill_jax.data.augment import augment, transform_sample
 from vrdistill_jax.geometry.host.boxes import corners_from_boxes, points_in_boxes
 
@@ -18,7 +18,8 @@ def boxes_of(sample: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "matrix", [rotation(0.7), rotation(-2.0, 1.1), np.diag([-1.0, 1, 1, 1]) @ rotation(0.4), np.diag([1.0, -1, 1, 1])]
+    "matrix",
+    [rotation(0.7), rotation(-2.0, 1.1), np.diag([-1.0, 1, 1, 1]) @ rotation(0.4), np.diag([1.0, -1, 1, 1])],
 )
 def test_oriented_boxes_move_with_their_points(matrix):
     sample = make_sample(0)
@@ -55,7 +56,9 @@ def test_flip_x_is_votenets():
 
 
 def test_random_changes_stay_in_range_and_return_their_matrix():
-    config = ConfigDict({"flip_x": 0.5, "flip_y": 0.0, "max_turn": 0.2, "max_scale": 0.15, "refit_boxes": False})
+    config = ConfigDict(
+        {"flip_x": 0.5, "flip_y": 0.0, "max_turn": 0.2, "max_scale": 0.15, "refit_boxes": False}
+    )
     sample, flips, scales, turns = make_sample(0), [], [], []
     for seed in range(200):
         changed, matrix = augment(sample, config, np.random.default_rng(seed))
@@ -77,7 +80,9 @@ def test_random_changes_stay_in_range_and_return_their_matrix():
 
 
 def test_no_change_when_everything_is_off():
-    config = ConfigDict({"flip_x": 0.0, "flip_y": 0.0, "max_turn": 0.0, "max_scale": 0.0, "refit_boxes": True})
+    config = ConfigDict(
+        {"flip_x": 0.0, "flip_y": 0.0, "max_turn": 0.0, "max_scale": 0.0, "refit_boxes": True}
+    )
     sample = make_sample(3)
     changed, matrix = augment(sample, config, np.random.default_rng(0))
     np.testing.assert_array_equal(matrix, np.eye(4))

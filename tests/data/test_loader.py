@@ -1,8 +1,8 @@
 import jax
 import numpy as np
 import pytest
-
 from scenes import make_sample, tiny_config
+
 from vrdistill_jax.data.loader import evaluation_batches, train_batches
 from vrdistill_jax.detectors import votenet
 

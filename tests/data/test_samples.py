@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-
 from scenes import make_sample, tiny_config
+
 from vrdistill_jax.data.loader import stack_trees
 from vrdistill_jax.data.samples import (
     height_above_floor,
@@ -90,7 +90,9 @@ def test_oriented_data_votes_for_box_centres():
 
 
 def test_too_many_boxes_name_the_remedy():
-    with pytest.raises(ValueError, match="9 boxes but the config holds 8; raise config.dataset.max_boxes to 9"):
+    with pytest.raises(
+        ValueError, match="9 boxes but the config holds 8; raise config.dataset.max_boxes to 9"
+    ):
         scene_of(make_sample(0, num_boxes=9))
 
 

@@ -7,8 +7,8 @@ from vrdistill_jax.data.class_tables import (
     SUNRGBD_CLASSES,
     SUNRGBD_MEAN_SIZES,
 )
-from vrdistill_jax.data.depth_camera import CameraConfig, RayScene
-from vrdistill_jax.data.room_layout import furnish_room
+from vrdistill_jax.data.rooms.depth_camera import CameraConfig, RayScene
+from vrdistill_jax.data.rooms.layout import furnish_room
 from vrdistill_jax.data.synthrooms import (
     SCAN_CAMERA,
     VIEW_CAMERA,
@@ -93,7 +93,7 @@ def test_scans_stand_on_the_floor_near_the_origin_with_scannet_like_density():
 
 def test_points_lie_on_the_surfaces_they_are_labelled_with():
     # Points of a noise-free scan lie on a triangle of their own object: its plane holds them.
-    from vrdistill_jax.data.depth_camera import capture, look_at
+    from vrdistill_jax.data.rooms.depth_camera import capture, look_at
 
     rng = np.random.default_rng(0)
     room = furnish_room(rng, "office")

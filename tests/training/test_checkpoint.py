@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from scenes import tiny_config
+
 from vrdistill_jax.training.checkpoint import (
     RunCheckpoints,
     check_same_config,
@@ -59,7 +59,10 @@ def test_torn_checkpoint_is_ignored(tmp_path):
 
 
 def test_inference_checkpoint_round_trip(tmp_path):
-    variables = {"params": {"w": np.arange(3.0, dtype=np.float32)}, "batch_stats": {"m": np.ones(1, np.float32)}}
+    variables = {
+        "params": {"w": np.arange(3.0, dtype=np.float32)},
+        "batch_stats": {"m": np.ones(1, np.float32)},
+    }
     save_inference_checkpoint(tmp_path / "out", variables, CONFIG)
     loaded, config = load_inference_checkpoint(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)

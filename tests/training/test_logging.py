@@ -1,6 +1,7 @@
 import json
 
 from scenes import tiny_config
+
 from vrdistill_jax.training.logging import RunLog, describe_environment
 
 

@@ -7,7 +7,8 @@ from vrdistill_jax.training.schedules import learning_rate_schedule, norm_moment
 
 def rates(steps, **changes):
     config = ConfigDict(
-        dict(schedule="cosine", learning_rate=1.0, warmup_steps=0, decay_epochs=(), decay_factor=0.1) | changes
+        dict(schedule="cosine", learning_rate=1.0, warmup_steps=0, decay_epochs=(), decay_factor=0.1)
+        | changes
     )
     schedule = learning_rate_schedule(config, 100, 10)
     return np.array([schedule(s) for s in steps])
@@ -39,5 +40,7 @@ def test_votenet_momentum():
 
 
 def test_constant_momentum():
-    schedule = norm_momentum_schedule(ConfigDict({"initial": 0.1, "factor": 1.0, "decay_epochs": 20.0, "floor": 0.001}), 3)
+    schedule = norm_momentum_schedule(
+        ConfigDict({"initial": 0.1, "factor": 1.0, "decay_epochs": 20.0, "floor": 0.001}), 3
+    )
     assert float(schedule(1000)) == pytest.approx(0.1)

@@ -4,6 +4,7 @@ Everything about batch k follows from (seed, k): the shuffle, the points taken, 
 starting the pipeline at its step; there is no iterator state to save.
 """
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,7 +73,7 @@ class _Positions:
         return len(self._order)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        return int(self._order[position]), int(position) // self._count
+        return self._order[position], int(position) // self._count
 
 
 def evaluation_batches(
@@ -90,17 +91,18 @@ def evaluation_batches(
 
     def prepare(start: int):
         rows = np.arange(start, start + batch_size)
-        batch = stack_trees([scenes.prepare(int(min(row, count - 1))) for row in rows])
+        batch = stack_trees([scenes.prepare(min(int(row), count - 1)) for row in rows])
         scene, built = batch
         return scene._replace(mask=rows < count), built
 
     with ThreadPoolExecutor(max(config.dataset.num_threads, 1)) as pool:
-        ahead = [pool.submit(prepare, start) for start in starts[:2]]
-        for number in range(len(starts)):
-            if number + 2 < len(starts):
-                ahead.append(pool.submit(prepare, starts[number + 2]))
-            yield ahead[number].result()
-            ahead[number] = None
+        ahead = collections.deque(pool.submit(prepare, start) for start in starts[:2])
+        for start in [*starts[2:], None, None]:
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+            if start is not None:
+                ahead.append(pool.submit(prepare, start))
 
 
 def stack_trees(trees: list) -> Any:

@@ -17,6 +17,7 @@ UP_AXES = ("x", "y", "z", "-x", "-y", "-z")
 # Automatic units: the longest side of a room lies between these, in metres.
 _LARGEST_SCENE = 50.0
 _SMALLEST_SCENE = 1.5
+_FAR = 100.0  # metres: a scan whose middle lies farther from the origin than this is moved there
 # Floors: flat pieces of surface are cells of this many metres whose points lie in a plane.
 _CELL = 0.2
 _FLOOR_BAND = 0.1  # metres in which a floor's pieces lie
@@ -51,10 +52,10 @@ class UpEvidence(NamedTuple):
 def check_points(
     cloud: PointCloud, *, units: str = "auto", up: str = "auto", min_points: int = 32, few_points: int = 500
 ) -> CheckedCloud:
-    """Cleans a scan and converts it to metres with z up.
+    """Cleans a scan, converts it to metres with z up, and moves it to the origin if it lies far from there.
 
     Args:
-      cloud: as `read_points` returns it.
+      cloud: as `read_points` returns it; coordinates may be float64.
       units: "auto" (metres, centimetres or millimetres, by the extent), "m", "cm", "mm", "in" or "ft".
       up: "auto" (z unless there is strong evidence for y or -y), "x", "y", "z", "-x", "-y" or "-z".
       min_points: fewer valid points than this are an error.
@@ -79,11 +80,12 @@ def check_points(
         raise PointCheckError(f"all {len(cloud.xyz)} points are the same; there is nothing to detect")
     unit = _guess_unit(float(extent.max()), warnings) if units == "auto" else units
     scale = METERS_PER_UNIT[unit]
-    xyz = cloud.xyz.astype(np.float64) * scale
+    offset = _offset_of_far_axes((low + high) / 2 * scale, warnings)
+    xyz = cloud.xyz.astype(np.float64) * scale - offset
     direction = _guess_up(xyz, warnings) if up == "auto" else up
     rotation = _z_up_rotation(direction)
     transform = np.eye(4)
-    transform[:3, :3] = rotation * scale
+    transform[:3, :3], transform[:3, 3] = rotation * scale, -rotation @ offset
     xyz = xyz @ rotation.T
     _check_extent(xyz, unit, warnings)
     return CheckedCloud(cloud._replace(xyz=xyz.astype(np.float32), warnings=()), warnings, transform)
@@ -194,6 +196,18 @@ def _guess_unit(longest: float, warnings: list[str]) -> str:
     return unit
 
 
+def _offset_of_far_axes(middle: np.ndarray, warnings: list[str]) -> np.ndarray:
+    """What to subtract, in metres along the file's axes: survey coordinates leave float32 no digits for the scan."""
+    offset = np.where(np.abs(middle) > _FAR, np.rint(middle), 0.0)
+    if offset.any():
+        by = ", ".join(f"{value:.0f}" for value in 0.0 - offset)
+        warnings.append(
+            f"the scan lies {np.abs(offset).max():,.0f} m from the origin: moved it by ({by}) m along its own axes; "
+            "boxes are given in both places"
+        )
+    return offset
+
+
 def _guess_up(xyz: np.ndarray, warnings: list[str]) -> str:
     if np.ptp(xyz, axis=0).max() > 200:  # not a room: nothing below would make sense
         return "z"
@@ -252,11 +266,6 @@ def _check_extent(xyz: np.ndarray, unit: str, warnings: list[str]) -> None:
     if far.any():
         warnings.append(
             f"{int(far.any(1).sum())} stray points lie far outside the scan; remove them for better results"
-        )
-    distance = float(np.abs((low + high)[:2] / 2).max())
-    if distance > 100:
-        warnings.append(
-            f"the scan lies {distance:.4g} m from the origin; networks expect it near: shift it first"
         )
 
 

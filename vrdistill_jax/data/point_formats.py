@@ -274,7 +274,8 @@ def read_las_table(path: pathlib.Path, stream: BinaryIO, size: int) -> PlyTable:
         layout["formats"].append(("<u2", (3,)))
         layout["offsets"].append(_LAS_COLOR_AT[form])
     stream.seek(start)
-    table = np.frombuffer(stream.read(count * record), np.dtype(layout), count)
+    dtype: np.dtype = np.dtype(layout)  # type: ignore[call-overload]
+    table: np.ndarray = np.frombuffer(stream.read(count * record), dtype, count)
     with np.errstate(over="ignore"):
         xyz = table["xyz"] * scale + offset
     columns = {name: xyz[:, i] for i, name in enumerate("xyz")}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vrdistill_jax.data.class_tables import SCANNET_CLASSES, SUNRGBD_CLASSES
-from vrdistill_jax.data.depth_camera import (
+from vrdistill_jax.data.rooms.depth_camera import (
     CameraConfig,
     CameraPose,
     RayScene,
@@ -18,11 +18,11 @@ from vrdistill_jax.data.depth_camera import (
     look_at,
     thin_by_voxel,
 )
-from vrdistill_jax.data.furniture import build_furniture, class_from_kind
-from vrdistill_jax.data.furniture_common import WHITE, fabric_color, paint_color, wood_color
-from vrdistill_jax.data.mesh_parts import MeshBuilder, TriangleMesh, move_mesh
-from vrdistill_jax.data.room_layout import Room, furnish_room
-from vrdistill_jax.data.room_planner import Placement
+from vrdistill_jax.data.rooms.furniture import build_furniture, class_from_kind
+from vrdistill_jax.data.rooms.furniture_common import WHITE, fabric_color, paint_color, wood_color
+from vrdistill_jax.data.rooms.layout import Room, furnish_room
+from vrdistill_jax.data.rooms.mesh_parts import MeshBuilder, TriangleMesh, move_mesh
+from vrdistill_jax.data.rooms.planner import Placement
 
 GENERATOR_VERSION = 2  # raise it whenever the rooms change: prepared datasets are then made anew
 

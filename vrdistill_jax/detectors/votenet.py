@@ -34,8 +34,8 @@ from vrdistill_jax.structs import (
     Detections,
     DetectorOutput,
     LevelConfig,
-    Points,
     PointPyramid,
+    Points,
     PointSet,
     Predictions,
     PyramidConfig,
@@ -105,6 +105,7 @@ class VoteNet(nn.Module):
     norm: NormFactory = MaskedBatchNorm
 
     def setup(self) -> None:
+        """Makes the parameters and layers."""
         wide, narrow = scale_size(256, self.width), scale_size(128, self.width)
         layer = partial(PointMLP, use_bias=True, kernel_init=torch_default, norm=self.norm)
         self.backbone = PointNet2Backbone(self.input_size, self.radii, self.width, norm=self.norm)
@@ -150,7 +151,9 @@ class VoteNet(nn.Module):
         if sampling not in ("vote_fps", "seed_fps"):
             raise ValueError(f"cluster sampling must be vote_fps or seed_fps, got {sampling!r}")
         spread = jax.lax.stop_gradient(votes.xyz if sampling == "vote_fps" else seeds.xyz)
-        index = jax.vmap(lambda xyz, mask: sample_farthest_points(xyz, self.num_proposals, mask))(spread, votes.mask)
+        index = jax.vmap(lambda xyz, mask: sample_farthest_points(xyz, self.num_proposals, mask))(
+            spread, votes.mask
+        )
         center, mask = gather_rows(votes.xyz, index), gather_rows(votes.mask, index)
         radius, count = self.aggregation_radius, self.aggregation_neighbors
         neighbors = jax.vmap(lambda at, xyz, mask: query_ball(at, xyz, radius, count, mask))(
@@ -196,7 +199,9 @@ def split_head(
 ) -> HeadOutput:
     """Names the channels of the proposal head; `base` is the cluster centre that the offset is added to."""
     ends = np.cumsum([2, 3, num_heading_bins, num_heading_bins, num_sizes, 3 * num_sizes])
-    objectness, offset, heading, heading_residual, size, size_residual, classes = jnp.split(channels, ends, -1)
+    objectness, offset, heading, heading_residual, size, size_residual, classes = jnp.split(
+        channels, ends, -1
+    )
     size_residual = size_residual.reshape(*channels.shape[:-1], num_sizes, 3)
     return HeadOutput(objectness, base + offset, heading, heading_residual, size, size_residual, classes)
 
@@ -213,7 +218,9 @@ def predictions_from_head(head: HeadOutput, mask, mean_sizes) -> Predictions:
     mean = jnp.asarray(mean_sizes, jnp.float32)[size_class]
     size = mean + _pick(head.size_residual, size_class) * mean
     objectness = jax.nn.softmax(head.objectness_logits, -1)[..., 1]
-    return Predictions(head.center, size, yaw_from_votenet_heading(heading), head.class_logits, objectness, mask)
+    return Predictions(
+        head.center, size, yaw_from_votenet_heading(heading), head.class_logits, objectness, mask
+    )
 
 
 def _pick(values: Float[Array, "b q s *c"], index: Int[Array, "b q"]) -> Array:
@@ -253,7 +260,9 @@ def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | Non
     vote_loss = mean(vote_distance(raw.votes.xyz, targets), on_object)
 
     candidate = jnp.ones_like(boxes.mask) if config.reference_padding else boxes.mask
-    distance, assigned = nearest(squared_distances(jax.lax.stop_gradient(raw.clusters.xyz), boxes.center), candidate)
+    distance, assigned = nearest(
+        squared_distances(jax.lax.stop_gradient(raw.clusters.xyz), boxes.center), candidate
+    )
     distance = jnp.sqrt(distance + 1e-6)
     valid = raw.clusters.mask & real
     positive = (distance < NEAR) & valid
@@ -280,7 +289,9 @@ def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | Non
     return total, terms
 
 
-def _box_terms(head: HeadOutput, boxes, assigned, positive, candidate, valid, config, mean) -> dict[str, Array]:
+def _box_terms(
+    head: HeadOutput, boxes, assigned, positive, candidate, valid, config, mean
+) -> dict[str, Array]:
     """The terms that compare positive proposals with the boxes that they are assigned to."""
     pairs = squared_distances(head.center, boxes.center)
     to_box, _ = nearest(pairs, candidate)
@@ -295,7 +306,9 @@ def _box_terms(head: HeadOutput, boxes, assigned, positive, candidate, valid, co
     label = gather_rows(jnp.maximum(boxes.label, 0), assigned)
     mean_size = jnp.asarray(config.mean_sizes, jnp.float32)[label]
     size_target = gather_rows(boxes.size, assigned) / mean_size - 1.0
-    if config.reference_padding:  # the reference's pads: class 0 with size residual 0, heading bin 0 with residual 0
+    if (
+        config.reference_padding
+    ):  # the reference's pads: class 0 with size residual 0, heading bin 0 with residual 0
         size_target = jnp.where(gather_rows(boxes.mask, assigned)[..., None], size_target, 0.0)
     return {
         "center": mean(to_box, positive) + mean(to_proposal, box_mask),
@@ -307,7 +320,9 @@ def _box_terms(head: HeadOutput, boxes, assigned, positive, candidate, valid, co
     }
 
 
-def decode(output: DetectorOutput, points: Points, config: Any, decode_config: DecodeConfig | None = None) -> Detections:
+def decode(
+    output: DetectorOutput, points: Points, config: Any, decode_config: DecodeConfig | None = None
+) -> Detections:
     """Turns proposals into final boxes by VoteNet's protocol.
 
     Args:

@@ -30,15 +30,5 @@ def evaluate(
     precision = AveragePrecision(class_names, thresholds)
     for scene, pyramid in batches:
         detections = jax.tree.map(np.asarray, predict(scene.points, pyramid))
-        for row in np.flatnonzero(scene.mask):
-            add_scene(precision, jax.tree.map(lambda x, r=row: x[r], (detections, scene.boxes)))
+        precision.add_batch(detections, scene.boxes, scene.mask)
     return precision.compute()
-
-
-def add_scene(precision: AveragePrecision, pair) -> None:
-    """Adds one scene's (Detections, Boxes), without batch axis, to the accumulator."""
-    found, truth = pair
-    boxes = np.concatenate([truth.center, truth.size, truth.yaw[:, None]], axis=1)
-    precision.add(
-        found.boxes[found.mask], found.score[found.mask], found.label[found.mask], boxes[truth.mask], truth.label[truth.mask]
-    )

@@ -23,7 +23,9 @@ def bin_from_angle(angle: Float[Array, "*n"], num_bins: int) -> tuple[Int[Array,
     return index, shifted - (index * width + width / 2)
 
 
-def angle_from_bin(index: Int[Array, "*n"], residual: Float[Array, "*n"], num_bins: int) -> Float[Array, "*n"]:
+def angle_from_bin(
+    index: Int[Array, "*n"], residual: Float[Array, "*n"], num_bins: int
+) -> Float[Array, "*n"]:
     """Joins a bin and a residual (radians) to an angle in (-pi, pi]."""
     angle = index * (2 * jnp.pi / num_bins) + residual
     return jnp.where(angle > jnp.pi, angle - 2 * jnp.pi, angle)

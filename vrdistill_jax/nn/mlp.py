@@ -31,6 +31,7 @@ class Dense(nn.Module):
     kernel_init: Any = torch_default
 
     def setup(self) -> None:
+        """Makes the parameters and layers."""
         self.kernel = self.param("kernel", self.kernel_init, (self.input_size, self.size))
         self.bias = self.param("bias", self._init_bias) if self.use_bias else None
 
@@ -54,6 +55,7 @@ class PointLayer(nn.Module):
     norm: NormFactory = MaskedBatchNorm
 
     def setup(self) -> None:
+        """Makes the parameters and layers."""
         self.dense = Dense(self.input_size, self.size, self.use_bias, self.kernel_init)
         self.normalize = self.norm(size=self.size, name="norm")
 
@@ -91,6 +93,7 @@ class PointMLP(nn.Module):
     norm: NormFactory = MaskedBatchNorm
 
     def setup(self) -> None:
+        """Makes the parameters and layers."""
         inputs = (self.input_size, *self.sizes[:-1])
         self.layers = [
             PointLayer(i, o, self.use_bias, self.kernel_init, self.norm, name=f"layer{n}")
@@ -119,7 +122,7 @@ def scale_size(size: int, width: float) -> int:
     """
     scaled = size * width
     if scaled < 1 or scaled != int(scaled):
-        raise ValueError(f"width {width} turns {size} channels into {scaled}; choose a width such as 1, 0.5 or 0.25")
+        raise ValueError(
+            f"width {width} turns {size} channels into {scaled}; choose a width such as 1, 0.5 or 0.25"
+        )
     return int(scaled)
-
-

@@ -31,6 +31,7 @@ class MaskedBatchNorm(nn.Module):
     axis_name: str | None = None
 
     def setup(self) -> None:
+        """Makes the parameters and layers."""
         self.scale = self.param("scale", nn.initializers.ones, (self.size,))
         self.bias = self.param("bias", nn.initializers.zeros, (self.size,))
         self.mean = self.variable("batch_stats", "mean", jnp.zeros, (self.size,))

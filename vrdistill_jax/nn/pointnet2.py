@@ -15,7 +15,7 @@ from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.geometry.interpolation import interpolate
 from vrdistill_jax.nn.mlp import PointMLP, scale_size
 from vrdistill_jax.nn.norm import MaskedBatchNorm, NormFactory
-from vrdistill_jax.structs import Interpolation, Points, PointPyramid, PointSet, PyramidLevel
+from vrdistill_jax.structs import Interpolation, PointPyramid, Points, PointSet, PyramidLevel
 
 CENTERS_PER_BLOCK = 128  # keeps the grouped activations of a block in the processor's cache (inference)
 
@@ -42,6 +42,7 @@ class SetAbstraction(nn.Module):
     norm: NormFactory = MaskedBatchNorm
 
     def setup(self) -> None:
+        """Makes the parameters and layers."""
         self.mlp = PointMLP(3 + self.input_size, self.sizes, norm=self.norm, name="mlp")
 
     def __call__(
@@ -159,10 +160,17 @@ class FeaturePropagation(nn.Module):
     norm: NormFactory = MaskedBatchNorm
 
     def setup(self) -> None:
+        """Makes the parameters and layers."""
         self.mlp = PointMLP(self.coarse_size + self.fine_size, self.sizes, norm=self.norm, name="mlp")
 
     def __call__(
-        self, coarse: Float[Array, "b k c"], fine: Float[Array, "b m f"], interpolation: Interpolation, mask, *, train: bool
+        self,
+        coarse: Float[Array, "b k c"],
+        fine: Float[Array, "b m f"],
+        interpolation: Interpolation,
+        mask,
+        *,
+        train: bool,
     ) -> Float[Array, "b m o"]:
         """Maps features of K coarse and M fine points to f32[B, M, sizes[-1]]; `mask` bool[B, M] of the fine points."""
         x = jnp.concatenate([interpolate(coarse, interpolation.index, interpolation.weight), fine], axis=-1)
@@ -197,6 +205,7 @@ class PointNet2Backbone(nn.Module):
     norm: NormFactory = MaskedBatchNorm
 
     def setup(self) -> None:
+        """Makes the parameters and layers."""
         def sizes(*channels):
             return tuple(scale_size(c, self.width) for c in channels)
 
@@ -220,7 +229,9 @@ class PointNet2Backbone(nn.Module):
             xyz = level.xyz
             down.append(x)
         up = []
-        for propagation, interpolation, fine in zip(self.propagations, pyramid.interpolations, (2, 1), strict=True):
+        for propagation, interpolation, fine in zip(
+            self.propagations, pyramid.interpolations, (2, 1), strict=True
+        ):
             x = propagation(x, down[fine], interpolation, pyramid.levels[fine].mask, train=train)
             up.append(x)
         level = pyramid.levels[1]

@@ -33,7 +33,9 @@ class RunCheckpoints:
 
     def __init__(self, workdir: str | pathlib.Path, config: ConfigDict):
         self._config = config
-        policy = policies.AnyPreservationPolicy([policies.LatestN(1), policies.BestN(get_metric_fn=_metric, n=1)])
+        policy = policies.AnyPreservationPolicy(
+            [policies.LatestN(1), policies.BestN(get_metric_fn=_metric, n=1)]
+        )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_metric)
         with _quiet():
             self._manager = ocp.CheckpointManager(_folder(workdir), options=options)
@@ -65,11 +67,15 @@ class RunCheckpoints:
         template = jax.tree.map(np.asarray, template)
         training = {"step": template.step, "opt_state": template.opt_state}
         items = ocp.args.Composite(
-            variables=ocp.args.StandardRestore(template.variables), training=ocp.args.StandardRestore(training)
+            variables=ocp.args.StandardRestore(template.variables),
+            training=ocp.args.StandardRestore(training),
         )
         read = self._manager.restore(self._manager.latest_step(), args=items)
         return TrainState(
-            read.training["step"], read.variables["params"], read.variables["batch_stats"], read.training["opt_state"]
+            read.training["step"],
+            read.variables["params"],
+            read.variables["batch_stats"],
+            read.training["opt_state"],
         )
 
 
@@ -87,7 +93,11 @@ def check_same_config(workdir: str | pathlib.Path, config: ConfigDict) -> None:
     if not path.exists():
         return
     before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(config.to_json()))
-    differing = [f"{k}: {before.get(k)} there, {now.get(k)} here" for k in sorted(before | now) if before.get(k) != now.get(k)]
+    differing = [
+        f"{k}: {before.get(k)} there, {now.get(k)} here"
+        for k in sorted(before | now)
+        if before.get(k) != now.get(k)
+    ]
     if differing:
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(differing[:5])}); choose another --workdir or delete it"
@@ -123,7 +133,9 @@ def save_inference_checkpoint(directory: str | pathlib.Path, variables: dict, co
         manager.save(0, args=items)
 
 
-def load_inference_checkpoint(directory: str | pathlib.Path, step: int | None = None) -> tuple[dict, ConfigDict]:
+def load_inference_checkpoint(
+    directory: str | pathlib.Path, step: int | None = None
+) -> tuple[dict, ConfigDict]:
     """Reads what inference needs.
 
     Args:
@@ -139,7 +151,9 @@ def load_inference_checkpoint(directory: str | pathlib.Path, step: int | None = 
     folder = pathlib.Path(directory).absolute()
     folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
     if not folder.is_dir():
-        raise ValueError(f"no checkpoint at {directory}: expected a folder {folder} as train and import_torch write it")
+        raise ValueError(
+            f"no checkpoint at {directory}: expected a folder {folder} as train and import_torch write it"
+        )
     options = ocp.CheckpointManagerOptions(best_fn=_metric, read_only=True)
     with _quiet(), ocp.CheckpointManager(folder, options=options) as manager:
         steps = manager.all_steps()

@@ -20,7 +20,9 @@ class RunLog:
     A resumed run drops the lines after the step that it resumes from, so that each step is there once.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: Any, start_step: int, num_steps: int, tensorboard: bool = False):
+    def __init__(
+        self, workdir: pathlib.Path, config: Any, start_step: int, num_steps: int, tensorboard: bool = False
+    ):
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(config.to_json(indent=2))
         (workdir / "env.json").write_text(json.dumps(describe_environment(), indent=2))
@@ -102,5 +104,7 @@ def _open_tensorboard(workdir: pathlib.Path):
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ValueError("TensorBoard files need the extra: pip install 'vrdistill-jax[tensorboard]'") from error
+        raise ValueError(
+            "TensorBoard files need the extra: pip install 'vrdistill-jax[tensorboard]'"
+        ) from error
     return SummaryWriter(str(workdir / "tensorboard"))

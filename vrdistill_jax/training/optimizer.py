@@ -24,4 +24,6 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
     if config.name == "adam" and config.weight_decay:
         raise ValueError(f"adam has no weight decay, got {config.weight_decay}; use optimizer.name=adamw")
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
+    return (
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
+    )

@@ -26,7 +26,9 @@ def learning_rate_schedule(config: Any, num_steps: int, steps_per_epoch: int) ->
     elif config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(base, max(num_steps - config.warmup_steps, 1))
     elif config.schedule == "steps":
-        boundaries = {int(e * steps_per_epoch) - config.warmup_steps: config.decay_factor for e in config.decay_epochs}
+        boundaries = {
+            int(e * steps_per_epoch) - config.warmup_steps: config.decay_factor for e in config.decay_epochs
+        }
         schedule = optax.piecewise_constant_schedule(base, boundaries)
     else:
         raise ValueError(f"unknown schedule {config.schedule!r}; known: constant, cosine, steps")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vrdistill_jax.structs import Array, Points, PointPyramid, Scene
+from vrdistill_jax.structs import Array, PointPyramid, Points, Scene
 
 
 class Batch(NamedTuple):
@@ -39,7 +39,9 @@ def init_variables(model: nn.Module, key: Array, points: Points, pyramid: PointP
 def init_state(variables: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """A state before the first step."""
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params)
+    )
 
 
 def count_parameters(params: dict) -> int:

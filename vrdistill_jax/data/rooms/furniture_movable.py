@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vrdistill_jax.data.furniture_common import (
+from vrdistill_jax.data.rooms.furniture_common import (
     DARK,
     STEEL,
     WHITE,

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vrdistill_jax.data.furniture import footprint_solids
-from vrdistill_jax.data.room_planner import Placement, RoomPlanner
+from vrdistill_jax.data.rooms.furniture import footprint_solids
+from vrdistill_jax.data.rooms.planner import Placement, RoomPlanner
 
 DESK_CLUTTER = ("monitor", "laptop", "book_pile", "cup", "bottle", "table_lamp")
 TABLE_CLUTTER = ("book_pile", "cup", "bottle", "bowl", "laptop", "table_lamp")

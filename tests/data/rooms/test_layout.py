@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from vrdistill_jax.data.class_tables import SCANNET_CLASSES
-from vrdistill_jax.data.furniture import class_from_kind, footprint_solids
-from vrdistill_jax.data.room_layout import ROOM_KINDS, furnish_room
-from vrdistill_jax.data.room_planner import RoomPlanner, overlapping_boxes, room_outline, walls_from_outline
+from vrdistill_jax.data.rooms.furniture import class_from_kind, footprint_solids
+from vrdistill_jax.data.rooms.layout import ROOM_KINDS, furnish_room
+from vrdistill_jax.data.rooms.planner import RoomPlanner, overlapping_boxes, room_outline, walls_from_outline
 
 BY_DESIGN = [{"sink", "counter"}, {"sink", "cabinet"}, {"chair", "table"}, {"chair", "desk"}]
 BY_DESIGN += [{"shower_curtain", "bathtub"}]

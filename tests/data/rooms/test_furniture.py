@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from vrdistill_jax.data.class_tables import SCANNET_CLASSES, SUNRGBD_CLASSES
-from vrdistill_jax.data.furniture import (
+from vrdistill_jax.data.rooms.furniture import (
     FURNITURE_SIZES,
     build_furniture,
     class_from_kind,

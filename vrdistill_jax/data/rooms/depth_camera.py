@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vrdistill_jax.data.mesh_parts import TriangleMesh
+from vrdistill_jax.data.rooms.mesh_parts import TriangleMesh
 
 
 class CameraConfig(NamedTuple):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vrdistill_jax.data.furniture import class_from_kind, footprint_solids, sample_size
+from vrdistill_jax.data.rooms.furniture import class_from_kind, footprint_solids, sample_size
 
 _MARGIN = 0.004  # metres that boxes may share: touching is fine
 _CLEAR_BELOW = ("counter", "sink:wall")  # what hangs over the floor and yet keeps it free

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vrdistill_jax.data.room_groups import (
+from vrdistill_jax.data.rooms.groups import (
     hang_pictures,
     hang_shower_curtain,
     litter,
@@ -21,7 +21,7 @@ from vrdistill_jax.data.room_groups import (
     place_vanity,
     random_times,
 )
-from vrdistill_jax.data.room_planner import Placement, RoomPlanner
+from vrdistill_jax.data.rooms.planner import Placement, RoomPlanner
 
 FLOOR_CLUTTER = (
     "carton",

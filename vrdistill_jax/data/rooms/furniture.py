@@ -10,11 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from vrdistill_jax.data import furniture_fixed as fixed
-from vrdistill_jax.data import furniture_movable as movable
-from vrdistill_jax.data.clutter import CLUTTER_BUILDERS, CLUTTER_SIZES
-from vrdistill_jax.data.furniture_common import corner_arms
-from vrdistill_jax.data.mesh_parts import MeshBuilder, TriangleMesh, fit_mesh
+from vrdistill_jax.data.rooms import furniture_fixed as fixed
+from vrdistill_jax.data.rooms import furniture_movable as movable
+from vrdistill_jax.data.rooms.clutter import CLUTTER_BUILDERS, CLUTTER_SIZES
+from vrdistill_jax.data.rooms.furniture_common import corner_arms
+from vrdistill_jax.data.rooms.mesh_parts import MeshBuilder, TriangleMesh, fit_mesh
 
 # Mean depth, width and height in metres, and the relative spread. Chosen so that the boxes of generated
 # scans have ScanNet's mean sizes: a scanned box is axis-aligned around what was seen, hence larger than a

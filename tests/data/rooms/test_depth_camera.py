@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from vrdistill_jax.data.depth_camera import CameraConfig, RayScene, capture, look_at, thin_by_voxel
-from vrdistill_jax.data.mesh_parts import MeshBuilder
+from vrdistill_jax.data.rooms.depth_camera import CameraConfig, RayScene, capture, look_at, thin_by_voxel
+from vrdistill_jax.data.rooms.mesh_parts import MeshBuilder
 
 CLEAN = CameraConfig(
     width=80, height=60, noise_scale=0.0, hole_patches=0.0, grazing_cosine=1e-6, max_range=20.0

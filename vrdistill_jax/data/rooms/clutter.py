@@ -2,7 +2,14 @@
 
 import numpy as np
 
-from vrdistill_jax.data.furniture_common import DARK, STEEL, WHITE, fabric_color, paint_color, wood_color
+from vrdistill_jax.data.rooms.furniture_common import (
+    DARK,
+    STEEL,
+    WHITE,
+    fabric_color,
+    paint_color,
+    wood_color,
+)
 
 # Mean depth, width and height in metres, and the relative spread.
 CLUTTER_SIZES: dict[str, tuple[float, float, float, float]] = {
