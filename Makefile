@@ -18,7 +18,7 @@ test-slow: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy vrdistill_jax
+	$(BIN)/mypy vrdistill_jax data_prep
 
 install: $(VENV)/.installed
 

@@ -3,7 +3,9 @@
 import os
 import pathlib
 
-os.environ.setdefault("NPROC", "16")  # several simulated CPU devices on few cores deadlock without it (XLA CPU)
+os.environ.setdefault(
+    "NPROC", "16"
+)  # several simulated CPU devices on few cores deadlock without it (XLA CPU)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest

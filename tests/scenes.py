@@ -12,7 +12,9 @@ from vrdistill_jax.training.state import Batch
 def make_sample(seed: int, num_boxes: int = 3, num_points: int = 600) -> dict:
     """A stored scene: points on the floor and inside `num_boxes` disjoint boxes."""
     rng = np.random.default_rng(seed)
-    center = np.stack([2.0 * np.arange(num_boxes) - 2.0, rng.uniform(-1, 1, num_boxes), np.full(num_boxes, 0.5)], 1)
+    center = np.stack(
+        [2.0 * np.arange(num_boxes) - 2.0, rng.uniform(-1, 1, num_boxes), np.full(num_boxes, 0.5)], 1
+    )
     size = rng.uniform(0.5, 1.0, (num_boxes, 3))
     instance = rng.integers(-1, num_boxes, num_points) if num_boxes else np.full(num_points, -1)
     floor = np.concatenate([rng.uniform(-4, 4, (num_points, 2)), np.zeros((num_points, 1))], 1)
@@ -98,7 +100,8 @@ def make_batch(config: ConfigDict, seeds=(0, 1), num_boxes: int = 3, train: bool
     pyramid = votenet.pyramid_config(config.detector)
     prepared = [
         scene_with_pyramid(
-            labelled_scene(make_sample(seed, num_boxes), seed, config, np.random.default_rng(seed), train), pyramid
+            labelled_scene(make_sample(seed, num_boxes), seed, config, np.random.default_rng(seed), train),
+            pyramid,
         )
         for seed in seeds
     ]

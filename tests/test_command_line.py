@@ -23,7 +23,10 @@ def test_config_is_found_in_the_package_when_not_in_the_working_directory(tmp_pa
     assert command_line.find_config(["train", "--config=missing.py"]) == ["train", "--config=missing.py"]
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "synthrooms.py").write_text("")
-    assert command_line.find_config(["train", "--config=configs/synthrooms.py"])[1] == "--config=configs/synthrooms.py"
+    assert (
+        command_line.find_config(["train", "--config=configs/synthrooms.py"])[1]
+        == "--config=configs/synthrooms.py"
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,7 @@ def test_config_is_found_in_the_package_when_not_in_the_working_directory(tmp_pa
         (["--config=nowhere.py"], "nowhere.py"),
         ([], "--config is needed"),
         (["--confg=a"], "confg"),
-        (["--config=configs/synthrooms.py:huge"], "unknown size 'huge'; known: small, full, tiny"),
+        (["--config=configs/synthrooms.py:huge"], "unknown size 'huge'; known: full, small, tiny"),
         (["--config=configs/synthrooms.py:tiny", "--config.train.batchsize=3"], "batch_size"),
         (["configs/synthrooms.py"], "unexpected argument"),
     ],

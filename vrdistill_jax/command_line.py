@@ -61,9 +61,8 @@ def run_verb(
 
 def _fail(error: BaseException) -> None:
     message = str(error).strip() or type(error).__name__
-    if (
-        "Traceback (most recent call last)" in message
-    ):  # ml_collections puts a config file's own error into its message
+    # ml_collections puts the traceback of a config file's own error into its message.
+    if "Traceback (most recent call last)" in message:
         lines = message.splitlines()
         message = f"{lines[0]} {lines[-1]}"
     print(f"error: {message}", file=sys.stderr)

@@ -14,10 +14,15 @@ from vrdistill_jax.data.builders import (
     map_in_processes,
     open_split,
     prepare_scenes,
-    prepare_synthrooms,
 )
 from vrdistill_jax.data.rooms.depth_camera import CameraConfig
-from vrdistill_jax.data.synthrooms import SynthRoomsConfig, class_names, generate_scene, split_seed
+from vrdistill_jax.data.synthrooms import (
+    SynthRoomsConfig,
+    class_names,
+    generate_scene,
+    prepare_synthrooms,
+    split_seed,
+)
 
 TINY = SynthRoomsConfig(num_train=5, num_val=2, num_views=4, camera=CameraConfig(width=32, height=24))
 

@@ -29,7 +29,11 @@ def cloud(count: int = 40) -> Points:
 
 def rows(detections):
     keep = np.asarray(detections.mask[0])
-    return np.asarray(detections.boxes[0])[keep], np.asarray(detections.score[0])[keep], np.asarray(detections.label[0])[keep]
+    return (
+        np.asarray(detections.boxes[0])[keep],
+        np.asarray(detections.score[0])[keep],
+        np.asarray(detections.label[0])[keep],
+    )
 
 
 def test_prediction_keeps_one_box_per_object():
@@ -61,7 +65,9 @@ def test_masked_points_do_not_fill_boxes_and_masked_candidates_do_not_suppress()
     points = points._replace(mask=np.arange(40)[None] < 20)
     assert len(rows(select_detections(candidates(), points, PREDICT))[0]) == 1
     masked = candidates(mask=np.array([[False, True, True, True]]))
-    np.testing.assert_allclose(rows(select_detections(masked, cloud(), PREDICT))[0][:, 0], [0.1, 5.0], atol=1e-6)
+    np.testing.assert_allclose(
+        rows(select_detections(masked, cloud(), PREDICT))[0][:, 0], [0.1, 5.0], atol=1e-6
+    )
 
 
 def test_threshold_is_strict():

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from scenes import make_batch, tiny_config
+
 from vrdistill_jax.detectors import find_detector, votenet
 from vrdistill_jax.training.state import count_parameters
 
@@ -20,7 +20,9 @@ def variables(model):
     batch = make_batch(CONFIG)
     variables = model.init(jax.random.key(0), batch.scene.points, batch.pyramid, train=False)
     # One training pass sets the running statistics, so that evaluation gives varied boxes.
-    _, updates = model.apply(variables, batch.scene.points, batch.pyramid, train=True, mutable=["batch_stats"])
+    _, updates = model.apply(
+        variables, batch.scene.points, batch.pyramid, train=True, mutable=["batch_stats"]
+    )
     return {"params": variables["params"], "batch_stats": updates["batch_stats"]}
 
 
@@ -33,7 +35,9 @@ def forward(model):
 def value_and_grad(model):
     def objective(params, stats, batch):
         variables = {"params": params, "batch_stats": stats}
-        output, _ = model.apply(variables, batch.scene.points, batch.pyramid, train=True, mutable=["batch_stats"])
+        output, _ = model.apply(
+            variables, batch.scene.points, batch.pyramid, train=True, mutable=["batch_stats"]
+        )
         return votenet.loss(output, batch.scene, CONFIG.detector)
 
     return jax.jit(jax.value_and_grad(objective, has_aux=True))
@@ -121,7 +125,9 @@ def test_padding_scenes_of_a_batch_do_not_count(variables, forward):
     output = forward(variables, batch)
     changed = forward(variables, make_batch(CONFIG, (0, 7)))
     np.testing.assert_allclose(
-        votenet.loss(output, masked, CONFIG.detector)[0], votenet.loss(changed, other, CONFIG.detector)[0], rtol=1e-6
+        votenet.loss(output, masked, CONFIG.detector)[0],
+        votenet.loss(changed, other, CONFIG.detector)[0],
+        rtol=1e-6,
     )
 
 
@@ -162,7 +168,9 @@ def test_perfect_proposals_have_no_box_loss(variables, forward):
     detections = votenet.decode(output._replace(predictions=predictions), batch.scene.points, CONFIG.detector)
     best = np.asarray(detections.boxes[0, :3])
     order = np.argsort(best[:, 0])
-    np.testing.assert_allclose(best[order, :6], np.concatenate([boxes.center, boxes.size], -1)[0, :3], atol=1e-4)
+    np.testing.assert_allclose(
+        best[order, :6], np.concatenate([boxes.center, boxes.size], -1)[0, :3], atol=1e-4
+    )
     np.testing.assert_array_equal(np.asarray(detections.label[0, :3])[order], [0, 1, 2])
 
 

@@ -73,7 +73,14 @@ def test_two_plus_two_steps_equal_four(data, trained, tmp_path):
     workdir = tmp_path / "resumed"
     # The interrupted run is the same command; it dies after the checkpoint of step 2.
     killed = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "end_to_end" / "train_until.py"), "2", str(data), str(workdir), *SMALLER],
+        [
+            sys.executable,
+            str(ROOT / "tests" / "end_to_end" / "train_until.py"),
+            "2",
+            str(data),
+            str(workdir),
+            *SMALLER,
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -124,7 +131,13 @@ def test_another_config_in_the_same_workdir_is_refused(trained, data):
 
 
 def test_non_finite_loss_stops_with_step_and_terms(data, tmp_path):
-    done = train(data, tmp_path / "run", 4, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=0")
+    done = train(
+        data,
+        tmp_path / "run",
+        4,
+        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.warmup_steps=0",
+    )
     assert done.returncode == 1
     assert "step 1: parameter_norm not finite" in done.stdout
 

@@ -27,6 +27,8 @@ def test_mean_over_devices_equals_the_whole_batch():
         return jax.lax.pmean(value, "devices"), gradient / 4
 
     mapped, gradient = jax.vmap(share, axis_name="devices")(values, mask)
-    whole, whole_gradient = jax.value_and_grad(lambda v: masked_mean(v, jnp.asarray(mask)))(jnp.asarray(values))
+    whole, whole_gradient = jax.value_and_grad(lambda v: masked_mean(v, jnp.asarray(mask)))(
+        jnp.asarray(values)
+    )
     np.testing.assert_allclose(mapped, whole, rtol=1e-5)
     np.testing.assert_allclose(gradient, whole_gradient, rtol=1e-5, atol=1e-7)

@@ -54,7 +54,9 @@ def naive_abstraction(variables, xyz, features, level, radius, train):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("block", [4, 128])
 def test_set_abstraction_equals_the_naive_form(level, train, block, monkeypatch):
-    monkeypatch.setattr(pointnet2, "CENTERS_PER_BLOCK", block)  # 11 centres: two blocks and a remainder, or one block
+    monkeypatch.setattr(
+        pointnet2, "CENTERS_PER_BLOCK", block
+    )  # 11 centres: two blocks and a remainder, or one block
     xyz, pyramid_level = level
     features = np.random.default_rng(2).normal(size=(2, 40, 6)).astype(np.float32)
     module = SetAbstraction(6, (8, 7, 9), 0.4)

@@ -33,7 +33,9 @@ def synthrooms_config(size: str, **detector: Any) -> Any:
             config = runpy.run_path(str(path))["get_config"](size)
             config.detector.update(detector)
             return config
-    raise ValueError(f"configs/synthrooms.py is neither in {package} nor beside it; install the package again")
+    raise ValueError(
+        f"configs/synthrooms.py is neither in {package} nor beside it; install the package again"
+    )
 
 
 def scanned_room(num_points: int) -> np.ndarray:

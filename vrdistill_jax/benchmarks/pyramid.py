@@ -39,7 +39,10 @@ def _time_cloud(recorder: Recorder, num_points: int, config) -> None:
         ]
 
     def interpolate():
-        return [build_interpolation(clouds[fine + 1], clouds[coarse + 1]) for coarse, fine in config.interpolations]
+        return [
+            build_interpolation(clouds[fine + 1], clouds[coarse + 1])
+            for coarse, fine in config.interpolations
+        ]
 
     time = partial(recorder.time, "pyramid", f"{num_points} points")
     time("host: farthest point sampling", sample)

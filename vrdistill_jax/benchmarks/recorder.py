@@ -116,16 +116,27 @@ def compare(ours: dict[str, Any], peer: dict[str, Any]) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """What a figure depends on besides the code: describe_environment plus processor, cores, threads, current load."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = ("NPROC", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "XLA_FLAGS", "GLIBC_TUNABLES", "MALLOC_MMAP_MAX_")
+    threads = (
+        "NPROC",
+        "OMP_NUM_THREADS",
+        "NUMBA_NUM_THREADS",
+        "XLA_FLAGS",
+        "GLIBC_TUNABLES",
+        "MALLOC_MMAP_MAX_",
+    )
     return describe_environment() | {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "usable_cores": cores,
+        "usable_cores": usable_cores(),
         "memory_gib": _memory_gib(),
         "load_average": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "variables": {name: os.environ[name] for name in threads if name in os.environ},
     }
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vrdistill_jax.benchmarks.cases import ROOMS_SEED, synthrooms_config
@@ -37,12 +38,16 @@ def run(recorder: Recorder, size: str = "small") -> None:
     momentum = norm_momentum_schedule(config.norm_momentum, 100)
     key = jax.random.key(0)
     variables = init_variables(model, key, batch.scene.points, batch.pyramid)
-    state = init_state(variables, optimizer)
+    state = init_state(
+        jax.tree.map(jnp.copy, variables), optimizer
+    )  # a copy: the step takes over its buffers
     batch_on_device = jax.device_put(batch)
 
     @jax.jit
     def forward(variables, batch):
-        output, _ = model.apply(variables, batch.scene.points, batch.pyramid, train=True, mutable=["batch_stats"])
+        output, _ = model.apply(
+            variables, batch.scene.points, batch.pyramid, train=True, mutable=["batch_stats"]
+        )
         return votenet.loss(output, batch.scene, config.detector)[0]
 
     step_fn = make_train_step(model, votenet.loss, config.detector, optimizer, momentum)

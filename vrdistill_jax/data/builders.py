@@ -6,7 +6,6 @@ all.
 
 import contextlib
 import functools
-import hashlib
 import os
 import pathlib
 import pickle
@@ -18,16 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from vrdistill_jax.data.synthrooms import (
-    GENERATOR_VERSION,
-    SCAN_CAMERA,
-    VIEW_CAMERA,
-    SynthRoomsConfig,
-    class_names,
-    generate_scene,
-    split_seed,
-)
 
 FORMAT_VERSION = "1.0.0"
 _FLOAT_FIELDS = {
@@ -41,43 +30,6 @@ _FLOAT_FIELDS = {
 def default_data_dir() -> pathlib.Path:
     """Gives the folder of prepared datasets: VRDISTILL_DATA, or ~/.cache/vrdistill_jax/datasets."""
     return pathlib.Path(os.environ.get("VRDISTILL_DATA") or "~/.cache/vrdistill_jax/datasets").expanduser()
-
-
-def prepare_synthrooms(
-    config: SynthRoomsConfig | None = None,
-    data_dir: str | os.PathLike | None = None,
-    progress: bool = True,
-    num_workers: int | None = None,
-) -> pathlib.Path:
-    """Generates the SynthRooms dataset unless it is there already.
-
-    Args:
-      config: which rooms; None for the defaults.
-      data_dir: folder of prepared datasets; None for `default_data_dir()`.
-      progress: whether to show a progress bar.
-      num_workers: worker processes; None for one per core, 0 to generate in this process.
-
-    Returns:
-      The folder of this dataset, for `open_split`. Its name carries a hash of the config and the generator's
-      version.
-    """
-    config = config or SynthRoomsConfig()
-    default_camera = SCAN_CAMERA if config.style == "scan" else VIEW_CAMERA
-    config = config._replace(camera=config.camera or default_camera)
-    names = class_names(config.style)
-    key = hashlib.sha256(repr((GENERATOR_VERSION, FORMAT_VERSION, config)).encode()).hexdigest()[:10]
-
-    def samples(split: str, count: int) -> Iterator[dict]:
-        arguments = [(split_seed(config, split), index, config) for index in range(count)]
-        made = map_in_processes(generate_scene, arguments, num_workers)
-        return _with_progress(made, count, f"SynthRooms {config.style} {split}") if progress else made
-
-    splits = {
-        "train": functools.partial(samples, "train", config.num_train),
-        "val": functools.partial(samples, "val", config.num_val),
-    }
-    description = f"Procedural rooms, style {config.style}, generator version {GENERATOR_VERSION}: {config!r}"
-    return prepare_scenes(f"synthrooms_{config.style}_{key}", splits, names, description, data_dir)
 
 
 def prepare_scenes(
@@ -127,7 +79,7 @@ def open_split(directory: str | os.PathLike, split: str) -> "SceneSource":
     """Opens one split of a prepared dataset.
 
     Args:
-      directory: what `prepare_synthrooms` or `prepare_scenes` returned.
+      directory: what `prepare_scenes` returned.
       split: "train", "val", or a slice such as "train[:10%]".
 
     Returns:
@@ -187,7 +139,7 @@ class SceneSource(Sequence):
             if self._source is None:
                 if not (self.directory / "dataset_info.json").is_file():
                     raise ValueError(
-                        f"{self.directory} holds no prepared dataset; prepare_synthrooms makes one"
+                        f"{self.directory} holds no prepared dataset (no dataset_info.json); make it with data_prep"
                     )
                 tfds = _import_tfds()
                 builder = tfds.builder_from_directory(self.directory)
@@ -268,12 +220,6 @@ def _core_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _with_progress(items: Iterator, total: int, label: str) -> Iterator:
-    from tqdm import tqdm
-
-    return iter(tqdm(items, total=total, desc=label, unit="room"))
 
 
 def _import_tfds() -> Any:

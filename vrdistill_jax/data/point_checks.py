@@ -17,7 +17,7 @@ UP_AXES = ("x", "y", "z", "-x", "-y", "-z")
 # Automatic units: the longest side of a room lies between these, in metres.
 _LARGEST_SCENE = 50.0
 _SMALLEST_SCENE = 1.5
-_FAR = 100.0  # metres: a scan whose middle lies farther from the origin than this is moved there
+_FAR = 100.0  # metres: a scan whose middle is farther from the origin than this, and its size, is moved there
 # Floors: flat pieces of surface are cells of this many metres whose points lie in a plane.
 _CELL = 0.2
 _FLOOR_BAND = 0.1  # metres in which a floor's pieces lie
@@ -80,7 +80,7 @@ def check_points(
         raise PointCheckError(f"all {len(cloud.xyz)} points are the same; there is nothing to detect")
     unit = _guess_unit(float(extent.max()), warnings) if units == "auto" else units
     scale = METERS_PER_UNIT[unit]
-    offset = _offset_of_far_axes((low + high) / 2 * scale, warnings)
+    offset = _offset_of_far_axes(low * scale, high * scale, warnings)
     xyz = cloud.xyz.astype(np.float64) * scale - offset
     direction = _guess_up(xyz, warnings) if up == "auto" else up
     rotation = _z_up_rotation(direction)
@@ -196,9 +196,10 @@ def _guess_unit(longest: float, warnings: list[str]) -> str:
     return unit
 
 
-def _offset_of_far_axes(middle: np.ndarray, warnings: list[str]) -> np.ndarray:
+def _offset_of_far_axes(low: np.ndarray, high: np.ndarray, warnings: list[str]) -> np.ndarray:
     """What to subtract, in metres along the file's axes: survey coordinates leave float32 no digits for the scan."""
-    offset = np.where(np.abs(middle) > _FAR, np.rint(middle), 0.0)
+    middle = (low + high) / 2
+    offset = np.where(np.abs(middle) > max(_FAR, (high - low).max()), np.rint(middle), 0.0)
     if offset.any():
         by = ", ".join(f"{value:.0f}" for value in 0.0 - offset)
         warnings.append(

@@ -5,10 +5,16 @@ boxes; `view` is a single frame with SUN RGB-D's 10 classes and oriented boxes. 
 index) alone.
 """
 
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from vrdistill_jax.data.builders import FORMAT_VERSION, map_in_processes, prepare_scenes
 from vrdistill_jax.data.class_tables import SCANNET_CLASSES, SUNRGBD_CLASSES
 from vrdistill_jax.data.rooms.depth_camera import (
     CameraConfig,
@@ -93,6 +99,49 @@ def generate_scene(seed: int, index: int, config: SynthRoomsConfig | None = None
     name = f"{config.style}_{seed}_{index:05d}_{room.kind}"
     sample = _scan(rng, config, room, scene, owner) if scan_style else _view(rng, config, room, scene, owner)
     return {**sample, "name": name}
+
+
+def prepare_synthrooms(
+    config: SynthRoomsConfig | None = None,
+    data_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    num_workers: int | None = None,
+) -> pathlib.Path:
+    """Generates the SynthRooms dataset unless it is there already.
+
+    Args:
+      config: which rooms; None for the defaults.
+      data_dir: folder of prepared datasets; None for `default_data_dir()`.
+      progress: whether to show a progress bar.
+      num_workers: worker processes; None for one per core, 0 to generate in this process.
+
+    Returns:
+      The folder of this dataset, for `open_split`. Its name carries a hash of the config and the generator's
+      version.
+    """
+    config = config or SynthRoomsConfig()
+    default_camera = SCAN_CAMERA if config.style == "scan" else VIEW_CAMERA
+    config = config._replace(camera=config.camera or default_camera)
+    names = class_names(config.style)
+    key = hashlib.sha256(repr((GENERATOR_VERSION, FORMAT_VERSION, config)).encode()).hexdigest()[:10]
+
+    from tqdm import tqdm
+
+    def samples(split: str, count: int) -> Iterator[dict]:
+        arguments = [(split_seed(config, split), index, config) for index in range(count)]
+        made = map_in_processes(generate_scene, arguments, num_workers)
+        return (
+            iter(tqdm(made, total=count, desc=f"SynthRooms {config.style} {split}", unit="room"))
+            if progress
+            else made
+        )
+
+    splits = {
+        "train": functools.partial(samples, "train", config.num_train),
+        "val": functools.partial(samples, "val", config.num_val),
+    }
+    description = f"Procedural rooms, style {config.style}, generator version {GENERATOR_VERSION}: {config!r}"
+    return prepare_scenes(f"synthrooms_{config.style}_{key}", splits, names, description, data_dir)
 
 
 def split_seed(config: SynthRoomsConfig, split: str) -> int:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from vrdistill_jax.detectors.decoding import DecodeConfig, select_detections
 from vrdistill_jax.geometry.frames import votenet_heading_from_yaw, yaw_from_votenet_heading
@@ -163,6 +164,40 @@ class VoteNet(nn.Module):
         level = PyramidLevel(center, mask, index, source_index, neighbors)
         features = self.aggregation(votes.xyz, votes.features, level, train=train)
         return PointSet(center, features, mask, source_index), index
+
+
+def default_config(class_names, mean_sizes, oriented: bool) -> ConfigDict:
+    """The published architecture as `config.detector`.
+
+    Args:
+      class_names: K names.
+      mean_sizes: K rows (length, width, height) in metres.
+      oriented: whether boxes are turned (12 heading bins) or axis-aligned (one).
+
+    Returns:
+      A ConfigDict; besides the attributes of VoteNet it holds
+        levels: (centres, radius, neighbours) of each set abstraction,
+        input_features: of "color" and "height",
+        norm_epsilon: of the batch norms (Keras weights need 1e-3),
+        reference_padding: True reproduces the reference's unmasked zero padding of boxes in the loss.
+    """
+    config = ConfigDict()
+    config.name = "votenet"
+    config.class_names = tuple(class_names)
+    config.mean_sizes = tuple(tuple(float(x) for x in row) for row in mean_sizes)
+    config.num_heading_bins = 12 if oriented else 1
+    config.input_features = ("height",)
+    config.width = 1.0
+    config.num_proposals = 256
+    config.levels = ((2048, 0.2, 64), (1024, 0.4, 32), (512, 0.8, 16), (256, 1.2, 16))
+    config.cluster_sampling = "vote_fps"
+    config.cluster_sampling_eval = "seed_fps"
+    config.aggregation_radius = 0.3
+    config.aggregation_neighbors = 16
+    config.normalize_votes = True
+    config.norm_epsilon = 1e-5
+    config.reference_padding = False
+    return config
 
 
 def build(config: Any, norm_axis_name: str | None = None) -> VoteNet:

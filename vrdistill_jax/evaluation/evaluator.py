@@ -29,6 +29,8 @@ def evaluate(
     """
     precision = AveragePrecision(class_names, thresholds)
     for scene, pyramid in batches:
+        if scene.boxes is None:
+            raise ValueError("evaluation needs labelled scenes; this dataset has no boxes")
         detections = jax.tree.map(np.asarray, predict(scene.points, pyramid))
         precision.add_batch(detections, scene.boxes, scene.mask)
     return precision.compute()

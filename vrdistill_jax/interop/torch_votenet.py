@@ -15,6 +15,7 @@ from vrdistill_jax.data.class_tables import (
     SUNRGBD_CLASSES,
     SUNRGBD_MEAN_SIZES,
 )
+from vrdistill_jax.detectors import votenet
 from vrdistill_jax.interop.name_map import (
     Rule,
     Tensors,
@@ -28,8 +29,8 @@ from vrdistill_jax.interop.name_map import (
 
 CONTAINERS = ("model_state_dict", "state_dict", "model")
 _DATASETS = {
-    "scannet": (SCANNET_CLASSES, SCANNET_MEAN_SIZES, 1, 40000),
-    "sunrgbd": (SUNRGBD_CLASSES, SUNRGBD_MEAN_SIZES, 12, 20000),
+    "scannet": (SCANNET_CLASSES, SCANNET_MEAN_SIZES, False, 40000),
+    "sunrgbd": (SUNRGBD_CLASSES, SUNRGBD_MEAN_SIZES, True, 20000),
 }
 _FEATURES: dict[int, tuple[str, ...]] = {0: (), 1: ("height",), 3: ("color",), 4: ("color", "height")}
 
@@ -45,27 +46,11 @@ def votenet_config(dataset: str) -> ConfigDict:
     """
     if dataset not in _DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}; VoteNet checkpoints are of {' or '.join(_DATASETS)}")
-    names, sizes, bins, num_points = _DATASETS[dataset]
-    detector = dict(  # noqa: C408 - reads like the config files
-        name="votenet",
-        class_names=tuple(names),
-        mean_sizes=tuple(tuple(float(x) for x in row) for row in sizes),
-        num_heading_bins=bins,
-        input_features=("height",),
-        width=1.0,
-        num_proposals=256,
-        levels=((2048, 0.2, 64), (1024, 0.4, 32), (512, 0.8, 16), (256, 1.2, 16)),
-        cluster_sampling="vote_fps",
-        cluster_sampling_eval="seed_fps",
-        aggregation_radius=0.3,
-        aggregation_neighbors=16,
-        normalize_votes=True,
-        norm_epsilon=1e-5,
-        reference_padding=False,
-    )
-    config = ConfigDict({"seed": 0, "detector": detector, "train": {"eval_batch_size": 8}})
+    names, sizes, oriented, num_points = _DATASETS[dataset]
+    config = ConfigDict({"seed": 0, "train": {"eval_batch_size": 8}})
+    config.detector = votenet.default_config(names, sizes, oriented)
     config.dataset = ConfigDict({"name": dataset, "data_dir": "", "num_points": num_points, "max_boxes": 64})
-    config.dataset.oriented, config.dataset.num_threads = bins > 1, 2
+    config.dataset.oriented, config.dataset.num_threads = oriented, 2
     return config
 
 
@@ -202,7 +187,10 @@ def configure_from_shapes(variables: Variables, config: ConfigDict) -> ConfigDic
     config.detector.input_features = _FEATURES[inputs - 3]
     config.detector.width = first / 64
     channels = params["proposal_out"]["kernel"].shape[1]
-    expected = {name: 5 + 2 * bins + 5 * len(names) for name, (names, _, bins, _) in _DATASETS.items()}
+    expected = {
+        name: 5 + 2 * (12 if oriented else 1) + 5 * len(names)
+        for name, (names, _, oriented, _) in _DATASETS.items()
+    }
     if channels != expected[config.dataset.name]:
         fitting = [name for name, count in expected.items() if count == channels]
         hint = f"; it fits --dataset={fitting[0]}" if fitting else ""

@@ -206,6 +206,7 @@ class PointNet2Backbone(nn.Module):
 
     def setup(self) -> None:
         """Makes the parameters and layers."""
+
         def sizes(*channels):
             return tuple(scale_size(c, self.width) for c in channels)
 

@@ -1,0 +1,120 @@
+"""Building blocks of config files: whole configs that a file in configs/ adjusts.
+
+A config has the sections `detector` (architecture; all that a checkpoint needs at inference), `dataset`, `optimizer`,
+`norm_momentum` and `train`, and `seed`. Every entry can be overridden on the command line: --config.train.batch_size=4.
+"""
+
+import math
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from vrdistill_jax.data.class_tables import (
+    SCANNET_CLASSES,
+    SCANNET_MEAN_SIZES,
+    SUNRGBD_CLASSES,
+    SUNRGBD_MEAN_SIZES,
+)
+from vrdistill_jax.detectors import votenet
+
+
+class Task(NamedTuple):
+    """What is to be found: classes, their mean sizes, and whether boxes are turned."""
+
+    class_names: tuple[str, ...]
+    mean_sizes: tuple[tuple[float, float, float], ...]  # metres
+    oriented: bool
+
+
+def _rows(sizes) -> tuple[tuple[float, float, float], ...]:
+    return tuple((float(x), float(y), float(z)) for x, y, z in sizes)
+
+
+SCANNET = Task(tuple(SCANNET_CLASSES), _rows(SCANNET_MEAN_SIZES), oriented=False)
+SUNRGBD = Task(tuple(SUNRGBD_CLASSES), _rows(SUNRGBD_MEAN_SIZES), oriented=True)
+
+# Sizes of VoteNet: width, proposals, set abstractions (centres, radius in metres, neighbours), points of a cloud.
+VOTENET_SIZES = {
+    "full": (1.0, 256, ((2048, 0.2, 64), (1024, 0.4, 32), (512, 0.8, 16), (256, 1.2, 16)), 20000),
+    "small": (0.5, 128, ((1024, 0.2, 32), (512, 0.4, 16), (256, 0.8, 16), (128, 1.2, 16)), 8192),
+    "tiny": (0.25, 32, ((128, 0.3, 8), (64, 0.6, 8), (32, 0.8, 8), (16, 1.2, 8)), 1024),
+}
+
+
+def votenet_config(task: Task, size: str = "full") -> ConfigDict:
+    """VoteNet on a task, with a training recipe that suits its size.
+
+    Args:
+      task: classes and boxes.
+      size: "full" is the published architecture; "small" trains in minutes on two CPU cores; "tiny" is for tests.
+
+    Returns:
+      A whole config; `dataset.name` is left for the caller to set.
+
+    Raises:
+      ValueError: for an unknown size.
+    """
+    if size not in VOTENET_SIZES:
+        raise ValueError(f"unknown size {size!r}; known: {', '.join(VOTENET_SIZES)}")
+    width, num_proposals, levels, num_points = VOTENET_SIZES[size]
+    config = ConfigDict()
+    config.seed = 0
+    config.detector = votenet.default_config(task.class_names, task.mean_sizes, task.oriented)
+    config.detector.width, config.detector.num_proposals, config.detector.levels = (
+        width,
+        num_proposals,
+        levels,
+    )
+
+    config.dataset = ConfigDict()
+    config.dataset.name = ""
+    config.dataset.data_dir = ""
+    config.dataset.oriented = task.oriented
+    config.dataset.num_points = num_points
+    config.dataset.max_boxes = 64
+    config.dataset.num_threads = 2
+    config.dataset.augment = augmentation(task)
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.weight_decay = 0.01
+    config.optimizer.clip_norm = 10.0
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay_epochs = ()
+    config.optimizer.decay_factor = 0.1
+    config.norm_momentum = ConfigDict(dict(initial=0.1, factor=1.0, decay_epochs=20.0, floor=0.001))
+
+    config.train = ConfigDict()
+    config.train.batch_size = 2 if size == "tiny" else 8
+    config.train.num_steps = 4 if size == "tiny" else 1800
+    config.train.eval_every = 2 if size == "tiny" else 900
+    config.train.checkpoint_every = 2 if size == "tiny" else 300
+    config.train.log_every = 1 if size == "tiny" else 10
+    config.train.sync_batch_norm = False
+    config.train.eval_batch_size = 4 if size == "tiny" else 8
+    return config
+
+
+def augmentation(task: Task) -> ConfigDict:
+    """VoteNet's augmentation: ScanNet's where boxes are axis-aligned, SUN RGB-D's where they are turned."""
+    if task.oriented:
+        return ConfigDict(
+            dict(flip_x=0.5, flip_y=0.0, max_turn=math.radians(30), max_scale=0.15, refit_boxes=False)
+        )
+    return ConfigDict(dict(flip_x=0.5, flip_y=0.5, max_turn=math.radians(5), max_scale=0.0, refit_boxes=True))
+
+
+def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
+    """Sets VoteNet's training recipe: Adam, 180 epochs of batches of 8, steps at 80, 120 and 160, falling norm momentum.
+
+    Source: votenet, train.py.
+    """
+    config.optimizer.name, config.optimizer.learning_rate, config.optimizer.weight_decay = "adam", 1e-3, 0.0
+    config.optimizer.clip_norm, config.optimizer.warmup_steps = 0.0, 0
+    config.optimizer.schedule, config.optimizer.decay_epochs = "steps", (80, 120, 160)
+    config.norm_momentum = ConfigDict(dict(initial=0.5, factor=0.5, decay_epochs=20.0, floor=0.001))
+    epoch = num_scenes // config.train.batch_size
+    config.train.num_steps = 180 * epoch
+    config.train.eval_every = config.train.checkpoint_every = 10 * epoch
