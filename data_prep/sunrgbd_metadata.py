@@ -53,7 +53,7 @@ def read_frames(
     """
     entries = _read_entries(frames_path, "SUNRGBDMeta")
     labelled: list[dict | None] = list(entries)
-    boxes2d = None
+    boxes2d: list[dict | None] | None = None  # None keeps every box
     if labels_v1_path is not None:
         frames_path = labels_v1_path
         labelled = _match_by_folder(entries, _read_entries(labels_v1_path, "SUNRGBDMeta"))
@@ -61,11 +61,12 @@ def read_frames(
         if labels_v1_path is not None:
             boxes2d = labelled
         elif boxes2d_path is not None:
-            boxes2d = _read_entries(boxes2d_path, "SUNRGBDMeta2DBB")
+            boxes2d = list(_read_entries(boxes2d_path, "SUNRGBDMeta2DBB"))
         else:
             raise ValueError(
                 "version 2 labels need SUNRGBDMeta2DBB_v2.mat, too; or keep all boxes with --all_boxes"
             )
+        assert boxes2d is not None
         if len(boxes2d) != len(entries):
             raise ValueError(
                 f"{boxes2d_path} has {len(boxes2d)} frames, not {len(entries)}; download both again"
@@ -164,7 +165,7 @@ def _frame_from_entry(entry: dict, labelled: dict | None, boxes2d: dict | None, 
         listed = _count_listed(objects, flat, same_classes)
     lost = sum(item.get("classname") in SUNRGBD_CLASSES for item in objects[listed:])
     fields = ("classname", "centroid", "coeffs", "orientation")
-    annotations = [Annotation(**{field: item.get(field) for field in fields}) for item in objects[:listed]]  # type: ignore[arg-type]
+    annotations = [Annotation(*[item.get(field) for field in fields]) for item in objects[:listed]]  # type: ignore[arg-type]
     return Frame(
         folder,
         relative_path(_field(entry, "depthpath")),
