@@ -34,7 +34,7 @@ from vrdistill_jax.data.class_tables import SUNRGBD_CLASSES
 
 EXPECTED_COUNTS = {"train": 5285, "val": 5050}
 LABELS = ("v1", "v2")
-NUM_POINTS = 50000  # what VoteNet keeps of a frame
+NUM_POINTS = 0  # keep all: what a network reads is drawn anew in each epoch. VoteNet keeps 50,000 of a frame
 FRAMES_FILE = "SUNRGBDMeta3DBB_v2.mat"
 BOXES_2D_FILE = "SUNRGBDMeta2DBB_v2.mat"
 LABELS_V1_FILE = "Metadata/SUNRGBDMeta.mat"

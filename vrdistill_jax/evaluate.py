@@ -1,11 +1,14 @@
 """Measures a checkpoint on a labelled dataset.
 
-python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms
-python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --split=train --json=train.json
+    python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms
+    python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --split=train --json=result.json
+    python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --dataset=scannet --data_dir=datasets
 """
 
 import json
 import pathlib
+import shlex
+import sys
 
 from absl import flags
 
@@ -16,47 +19,72 @@ from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.evaluation.average_precision import render_table
 from vrdistill_jax.evaluation.evaluator import evaluate
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
+from vrdistill_jax.training.logging import describe_environment
 from vrdistill_jax.training.step import make_predict_step
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's work directory or an imported checkpoint.")
 _SPLIT = flags.DEFINE_enum("split", "val", ["train", "val"], "Which scenes.")
+_DATASET = flags.DEFINE_string("dataset", None, "Another dataset with the same classes, such as scannet.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the dataset lies, if not where the run had it.")
 _JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
-def evaluate_checkpoint(checkpoint: str, split: str = "val", data_dir: str | None = None) -> dict:
-    """Loads a checkpoint and evaluates it on the dataset that it was configured for.
+def evaluate_checkpoint(
+    checkpoint: str, split: str = "val", dataset: str | None = None, data_dir: str | None = None
+) -> dict:
+    """Loads a checkpoint and evaluates it.
 
     Args:
       checkpoint: folder of a run or of an imported checkpoint.
       split: "train" or "val".
+      dataset: name of a dataset with the detector's classes; None for the one that it was trained on.
       data_dir: overrides where the dataset is looked for.
 
     Returns:
       What AveragePrecision.compute returns.
+
+    Raises:
+      ValueError: if the dataset's classes are not the detector's.
     """
     variables, config = load_inference_checkpoint(checkpoint)
+    if dataset is not None:
+        config.dataset.name = dataset
     if data_dir is not None:
         config.dataset.data_dir = data_dir
     detector = find_detector(config.detector.name)
     predict = make_predict_step(detector.build(config.detector), detector.decode, config.detector)
     source = open_source(config.dataset, split)
+    names = tuple(config.detector.class_names)
+    found = tuple(getattr(source, "class_names", names))
+    if found != names:
+        raise ValueError(f"the dataset has the classes {found}, but the detector knows {names}")
     pyramid = detector.pyramid_config(config.detector)
     batches = evaluation_batches(source, config, pyramid, config.train.eval_batch_size)
-    return evaluate(
-        lambda points, p: predict(variables, points, p), batches, tuple(config.detector.class_names)
-    )
+    return evaluate(lambda points, geometry: predict(variables, points, geometry), batches, names)
 
 
 def main() -> int:
     """Prints the per-class table."""
     if _CHECKPOINT.value is None:
         raise ValueError("--checkpoint is needed, for example --checkpoint=runs/synthrooms")
-    result = evaluate_checkpoint(_CHECKPOINT.value, _SPLIT.value, _DATA_DIR.value)
+    result = evaluate_checkpoint(_CHECKPOINT.value, _SPLIT.value, _DATASET.value, _DATA_DIR.value)
     print(render_table(result))
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2))
+        write_result(_JSON.value, _CHECKPOINT.value, result)
     return 0
+
+
+def write_result(path: str, checkpoint: str, result: dict) -> None:
+    """Writes a result as JSON, with what is needed to make it again."""
+    _, config = load_inference_checkpoint(checkpoint)
+    record = {
+        "command": shlex.join(["python", "-m", "vrdistill_jax.evaluate", *sys.argv[1:]]),
+        "environment": describe_environment(),
+        "config": json.loads(config.to_json()),
+        "result": result,
+    }
+    text = json.dumps(record, indent=1).replace(": NaN", ": null")  # NaN (nothing to find) is not JSON
+    pathlib.Path(path).write_text(text + "\n")
 
 
 if __name__ == "__main__":

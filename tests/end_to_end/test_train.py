@@ -103,7 +103,7 @@ def test_evaluate_gives_the_trained_result(trained, data, tmp_path):
     done = run("evaluate", f"--checkpoint={workdir}", f"--json={tmp_path / 'r.json'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in out
-    assert 0 <= json.loads((tmp_path / "r.json").read_text())["mAP@0.25"] <= 1
+    assert 0 <= json.loads((tmp_path / "r.json").read_text())["result"]["mAP@0.25"] <= 1
 
 
 def test_predict_from_the_checkpoint_folder_alone(trained, tmp_path):

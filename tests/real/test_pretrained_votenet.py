@@ -109,4 +109,4 @@ def test_mean_recall_over_random_orders(checkpoint, predictor, scans):
         means.append(draws.mean(0))
     assert (means[1][:2] > means[0][:2] + 0.3).all()
     assert means[1][0] >= 8.3
-    assert means[1][1] >= 7.5
+    assert means[1][1] >= 7.3

@@ -76,7 +76,8 @@ def check_points(
     cloud = _remove_invalid(cloud, warnings, min_points, few_points)
     low, high = np.percentile(cloud.xyz.astype(np.float64), [0.5, 99.5], axis=0)
     extent = high - low
-    if extent.max() < 1e-6 * max(1.0, np.abs(high).max()):
+    rounding = float(np.spacing(np.abs(cloud.xyz).max()))
+    if extent.max() <= max(1e-6, 2 * rounding):
         raise PointCheckError(f"all {len(cloud.xyz)} points are the same; there is nothing to detect")
     unit = _guess_unit(float(extent.max()), warnings) if units == "auto" else units
     scale = METERS_PER_UNIT[unit]
