@@ -10,6 +10,7 @@ import pytest
 from vrdistill_jax import benchmark
 from vrdistill_jax.benchmarks import cases, peers, recorder
 from vrdistill_jax.benchmarks.recorder import QUICK, Effort, Recorder, compare, measure
+from vrdistill_jax.benchmarks.torch_votenet import import_torch
 
 TIMES = ("min_ms", "p50_ms", "p95_ms", "cpu_ms")
 
@@ -114,23 +115,18 @@ def test_peers_are_measured_or_their_absence_is_noted(result):
 
 def test_torch_is_asked_for_by_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # makes `import torch` fail
+    with pytest.raises(ImportError, match=r"not installed: pip install 'vrdistill-jax\[torch\]'"):
+        import_torch()
+
+
+def test_a_peer_that_computes_something_else_is_a_failure():
     record = quiet()
-    peers._compare_network(record, cases.room_cloud(2000), cases.synthrooms_config("tiny"))
-    assert record.skipped == [
-        {"suite": "peers", "stage": "torch", "reason": "not installed: pip install 'vrdistill-jax[torch]'"}
-    ]
-
-
-def test_a_peer_that_computes_something_else_is_a_failure(monkeypatch):
-    def other_network(variables, config, points, pyramid, cluster_index, vote_neighbors, num_threads):
-        classes = len(config.class_names)
-        channels = 2 + 3 + 2 * config.num_heading_bins + 4 * len(config.mean_sizes) + classes
-        return lambda: np.ones((config.num_proposals, channels), np.float32)
-
-    monkeypatch.setattr(peers, "make_forward", other_network)
-    monkeypatch.setattr(peers, "usable_cores", lambda: 1)
-    record = quiet()
-    peers._compare_network(record, cases.room_cloud(2000), cases.synthrooms_config("tiny"))
+    ours = np.random.default_rng(0).normal(size=(256, 97)).astype(np.float32)
+    assert peers._share_same(record, ours * (1 + 1e-5), ours) == 1.0
+    one_cluster_differs = np.where(np.arange(256)[:, None] == 3, 9.0, ours)
+    assert 0.99 < peers._share_same(record, one_cluster_differs, ours) < 1.0
+    assert record.failures == []
+    assert peers._share_same(record, ours[::-1], ours) < 0.1
     assert len(record.failures) == 1
     assert "void" in record.failures[0]
 
