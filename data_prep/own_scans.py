@@ -56,12 +56,12 @@ def read_scan(
     scale = METERS_PER_UNIT[unit]
     has_color = cloud.color is not None
     color = cloud.color[keep] if cloud.color is not None else np.full((int(keep.sum()), 3), 0.5, np.float32)
-    cloud = cloud._replace(xyz=cloud.xyz[keep] * np.float32(scale), color=color, warnings=())
+    cloud = cloud._replace(xyz=(cloud.xyz[keep] * scale).astype(np.float32), color=color, warnings=())
     try:
         guessed = check_points(cloud)
     except ValueError as error:
         raise PointFileError(scan, str(error), "check the scan") from error
-    if not np.array_equal(guessed.scene_from_input, np.eye(4)):
+    if not np.array_equal(guessed.scene_from_input[:3, :3], np.eye(3)):
         notes.append(f"the scan does not look like metres with z up: {'; '.join(guessed.warnings)}")
     else:
         notes += guessed.warnings

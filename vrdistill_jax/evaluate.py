@@ -1,8 +1,8 @@
 """Measures a checkpoint on a labelled dataset.
 
-    python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms
-    python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --split=train --json=result.json
-    python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --dataset=scannet --data_dir=datasets
+python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms
+python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --split=train --json=result.json
+python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --dataset=scannet --data_dir=datasets
 """
 
 import json
@@ -21,12 +21,6 @@ from vrdistill_jax.evaluation.evaluator import evaluate
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 from vrdistill_jax.training.logging import describe_environment
 from vrdistill_jax.training.step import make_predict_step
-
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's work directory or an imported checkpoint.")
-_SPLIT = flags.DEFINE_enum("split", "val", ["train", "val"], "Which scenes.")
-_DATASET = flags.DEFINE_string("dataset", None, "Another dataset with the same classes, such as scannet.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where the dataset lies, if not where the run had it.")
-_JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
 def evaluate_checkpoint(
@@ -63,14 +57,24 @@ def evaluate_checkpoint(
     return evaluate(lambda points, geometry: predict(variables, points, geometry), batches, names)
 
 
+def define_flags() -> None:
+    """Declares the verb's flags; not at import, because other verbs use the same names."""
+    flags.DEFINE_string("checkpoint", None, "A run's work directory or an imported checkpoint.")
+    flags.DEFINE_enum("split", "val", ["train", "val"], "Which scenes.")
+    flags.DEFINE_string("dataset", None, "Another dataset with the same classes, such as scannet.")
+    flags.DEFINE_string("data_dir", None, "Where the dataset lies, if not where the run had it.")
+    flags.DEFINE_string("json", None, "Also write the result to this file.")
+
+
 def main() -> int:
     """Prints the per-class table."""
-    if _CHECKPOINT.value is None:
+    options = flags.FLAGS
+    if options.checkpoint is None:
         raise ValueError("--checkpoint is needed, for example --checkpoint=runs/synthrooms")
-    result = evaluate_checkpoint(_CHECKPOINT.value, _SPLIT.value, _DATASET.value, _DATA_DIR.value)
+    result = evaluate_checkpoint(options.checkpoint, options.split, options.dataset, options.data_dir)
     print(render_table(result))
-    if _JSON.value:
-        write_result(_JSON.value, _CHECKPOINT.value, result)
+    if options.json:
+        write_result(options.json, options.checkpoint, result)
     return 0
 
 
@@ -88,4 +92,5 @@ def write_result(path: str, checkpoint: str, result: dict) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     run_verb(main)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from vrdistill_jax.data.augment import Augmentation
 from vrdistill_jax.data.class_tables import (
     SCANNET_CLASSES,
     SCANNET_MEAN_SIZES,
@@ -73,6 +74,7 @@ def votenet_config(task: Task, size: str = "full") -> ConfigDict:
     config.dataset.num_points = num_points
     config.dataset.max_boxes = 64
     config.dataset.num_threads = 2
+    config.dataset.num_workers = 0
     config.dataset.augment = augmentation(task)
 
     config.optimizer = ConfigDict()
@@ -97,13 +99,57 @@ def votenet_config(task: Task, size: str = "full") -> ConfigDict:
     return config
 
 
-def augmentation(task: Task) -> ConfigDict:
-    """VoteNet's augmentation: ScanNet's where boxes are axis-aligned, SUN RGB-D's where they are turned."""
-    if task.oriented:
-        return ConfigDict(
-            dict(flip_x=0.5, flip_y=0.0, max_turn=math.radians(30), max_scale=0.15, refit_boxes=False)
-        )
-    return ConfigDict(dict(flip_x=0.5, flip_y=0.5, max_turn=math.radians(5), max_scale=0.0, refit_boxes=True))
+# What is done to training scenes, per detector: (axis-aligned boxes: ScanNet, turned boxes: SUN RGB-D). Colour steps take
+# effect only where the detector reads colour. docs/data.md says where the numbers are from.
+_VOTENET = (
+    Augmentation(flip_x=0.5, flip_y=0.5, max_turn=math.radians(5), refit_boxes=True),
+    Augmentation(
+        flip_x=0.5,
+        max_turn=math.radians(30),
+        max_scale=0.15,
+        color_gain=0.2,
+        color_shift=0.05,
+        color_jitter=0.025,
+        color_drop=0.3,
+    ),
+)
+_THREE_DETR = (
+    _VOTENET[0]._replace(crop="first", crop_min_share=0.5, crop_min_aspect=0.8),
+    _VOTENET[1]._replace(crop="last", crop_min_share=0.75, crop_min_aspect=0.75),
+)
+_TR3D = (
+    Augmentation(
+        points_share=(0.33, 1.0),
+        flip_x=0.5,
+        flip_y=0.5,
+        max_turn=0.02,
+        max_scale=0.1,
+        shift_std=0.1,
+        refit_boxes=True,
+    ),
+    Augmentation(flip_x=0.5, max_turn=math.radians(30), max_scale=0.15, shift_std=0.1),
+)
+AUGMENTATIONS = {
+    "votenet": _VOTENET,
+    "groupfree3d": _VOTENET,
+    "h3dnet": _VOTENET,
+    "3detr": _THREE_DETR,
+    "3detr_m": _THREE_DETR,
+    "fcaf3d": (_TR3D[0]._replace(points_share=(1.0, 1.0), max_turn=math.radians(5)), _TR3D[1]),
+    "tr3d": _TR3D,
+    "sr3d": (_TR3D[0]._replace(max_turn=math.radians(5), max_scale=0.4), _TR3D[1]),
+}
+
+
+def augmentation(task: Task, detector: str = "votenet") -> ConfigDict:
+    """The published augmentation of a detector: ScanNet's where boxes are axis-aligned, SUN RGB-D's where they are turned.
+
+    Raises:
+      ValueError: for an unknown detector.
+    """
+    if detector not in AUGMENTATIONS:
+        raise ValueError(f"no augmentation for detector {detector!r}; known: {', '.join(AUGMENTATIONS)}")
+    return ConfigDict(AUGMENTATIONS[detector][task.oriented]._asdict())
 
 
 def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:

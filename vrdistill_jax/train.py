@@ -29,12 +29,6 @@ from vrdistill_jax.training.schedules import learning_rate_schedule, norm_moment
 from vrdistill_jax.training.state import Batch, count_parameters, init_state, init_variables
 from vrdistill_jax.training.step import find_non_finite, make_predict_step, make_train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config().")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run is kept; default runs/<name of the config file>."
-)
-_TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard files (extra: tensorboard).")
-
 
 def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dict:
     """Trains `config` in `workdir`, resuming what is there.
@@ -150,14 +144,22 @@ def check_finite(step: int, metrics: dict) -> None:
         )
 
 
+def define_flags() -> None:
+    """Declares the verb's flags; not at import, because other verbs use the same names."""
+    config_flags.DEFINE_config_file("config", None, "What to train: a Python file with get_config().")
+    flags.DEFINE_string("workdir", None, "Where the run is kept; default runs/<name of the config file>.")
+    flags.DEFINE_bool("tensorboard", False, "Also write TensorBoard files (extra: tensorboard).")
+
+
 def main() -> int:
     """Trains, then prints the per-class table and what to do next."""
-    if _CONFIG.value is None:
+    options = flags.FLAGS
+    if options.config is None:
         raise ValueError("--config is needed, for example --config=configs/synthrooms.py")
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]).stem
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}")
+    name = pathlib.Path(config_flags.get_config_filename(options["config"]).partition(":")[0]).stem
+    workdir = pathlib.Path(options.workdir or f"runs/{name}")
     try:
-        result = train(_CONFIG.value, workdir, _TENSORBOARD.value)
+        result = train(options.config, workdir, options.tensorboard)
     except FloatingPointError as error:
         print(f"error: {error}")
         return 1
@@ -173,4 +175,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     run_verb(main, large_memory=True)

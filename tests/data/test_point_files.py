@@ -301,7 +301,11 @@ def test_nan_infinity_and_overflow_are_kept_as_invalid(read):
 
 def test_far_coordinates_and_surplus_bytes_are_reported(read):
     xyz, rgb = cloud()
-    assert "float32" in read("a.npy", npy_bytes(xyz.astype(np.float64) + 4e6)).warnings[0]
+    far = xyz.astype(np.float64) + 4e6
+    assert "float32" in read("a.npy", npy_bytes(far.astype(np.float32))).warnings[0]
+    exact = read("a.npy", npy_bytes(far))  # kept, for float32 would destroy it
+    assert exact.warnings == ()
+    np.testing.assert_array_equal(exact.xyz, far)
     assert "12 bytes follow" in read("a.ply", binary_ply() + b"x" * 12).warnings[0]
 
 

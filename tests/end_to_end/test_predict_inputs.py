@@ -129,6 +129,18 @@ def test_far_from_the_origin(predict):
     np.testing.assert_allclose(np.array(record["scene_from_input"])[:3, 3], [-700, 1500, 0])
 
 
+def test_survey_coordinates(predict):
+    room = make_room()
+    original, _ = predict(room)
+    offset = np.array([512345.678, 5403210.987, 431.5])
+    record, errors = predict(room + offset)  # float64: float32 would keep steps of half a metre
+    assert "5,403,211 m from the origin" in errors
+    assert "float32" not in errors
+    assert_same_boxes(record, original, lambda p: p + offset, 1e-5)
+    record, errors = predict((room + offset).astype(np.float32))
+    assert "float32 keeps steps of 0.5 only" in errors
+
+
 def test_a_hundred_points(predict):
     record, errors = predict(make_room(100))
     assert "only 100 points" in errors

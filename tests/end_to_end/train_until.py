@@ -30,4 +30,5 @@ sys.argv = [
     "--config.train.num_steps=4",
     *settings,
 ]
+train.define_flags()
 run_verb(train.main)

@@ -43,7 +43,10 @@ _ARCHIVE_ERRORS = (
 class PointCloud(NamedTuple):
     """A scan as its file has it."""
 
-    xyz: np.ndarray  # f32[n, 3] in the units and axes of the file; may hold NaN
+    xyz: (
+        np.ndarray
+    )  # f32[n, 3] in the units and axes of the file; may hold NaN. f64 where float32 would lose the scan
+    # (coordinates far from the origin), until `check_points` moves it
     color: np.ndarray | None  # f32[n, 3] in [0, 1]
     info: str  # what was read, for a log line
     warnings: tuple[str, ...] = ()  # what was assumed or ignored
@@ -68,6 +71,8 @@ def read_points(path: str | os.PathLike, columns: int | None = None) -> PointClo
       PointFileError: if the file is missing, empty, truncated, damaged, of another kind or ambiguous.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise PointFileError(path, "is not a file but a folder", "name the scan in it")
     suffix = path.suffix.lower()
     if suffix == ".laz":
         raise PointFileError(path, "is compressed (LAZ)", "unpack it to .las, for example with laszip")
@@ -329,16 +334,21 @@ def _cloud(
         raise PointFileError(path, "holds 0 points", "export it again")
     xyz = _float64(xyz)
     finite = np.isfinite(xyz).all(1) & (np.abs(xyz) < 1e30).all(1)
+    xyz = np.where(finite[:, None], xyz, np.nan)
+    single = xyz.astype(np.float32)
+    kept = single
     if finite.any():
         extent = float(np.ptp(xyz[finite], axis=0).max())
         step = float(np.spacing(np.float32(np.abs(xyz[finite]).max())))
-        if extent > 0 and step > 1e-4 * extent:
-            warnings.append(
-                f"coordinates lie far from the origin: float32 keeps steps of {step:.3g} only; "
-                "subtract an offset first"
-            )
-    xyz = np.where(finite[:, None], xyz, np.nan)
-    return PointCloud(xyz.astype(np.float32), color, f"{info}, {len(xyz)} points", tuple(warnings))
+        if extent > 0 and step > 1e-4 * extent:  # survey coordinates
+            if not np.array_equal(single, xyz, equal_nan=True):
+                kept = xyz
+            else:
+                warnings.append(
+                    f"coordinates lie far from the origin and the file's float32 keeps steps of {step:.3g} only; "
+                    "export it with double precision or with an offset subtracted"
+                )
+    return PointCloud(kept, color, f"{info}, {len(xyz)} points", tuple(warnings))
 
 
 def _float64(values: np.ndarray) -> np.ndarray:

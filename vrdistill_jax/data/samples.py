@@ -2,38 +2,44 @@
 
 from typing import Any
 
+import numba
 import numpy as np
 
 from vrdistill_jax.data.augment import augment
-from vrdistill_jax.geometry.host.boxes import points_in_boxes
+from vrdistill_jax.geometry.host.boxes import FACE_MARGIN
 from vrdistill_jax.geometry.host.point_pyramid import build_point_pyramid
 from vrdistill_jax.structs import PointPyramid, Points, PyramidConfig, Scene, pad_boxes
 
 VOTE_SLOTS = 3  # boxes per point that oriented, overlapping boxes may claim (SUN RGB-D)
 
 
-def height_above_floor(xyz: np.ndarray) -> np.ndarray:
-    """Height of each point above the lowest ones, metres.
+def find_floor(xyz: np.ndarray) -> np.float32:
+    """Level of the lowest points, metres.
 
-    The floor is numpy's 0.99th percentile of z (the lowest 1 %, not the 99th percentile), as VoteNet computes it on the
-    whole cloud before subsampling; its checkpoints depend on it.
+    It is numpy's 0.99th percentile of z (the lowest 1 %, not the 99th percentile), as VoteNet computes it on the whole cloud
+    before anything is done to it; its checkpoints depend on it.
 
     Args:
       xyz: f32[n, 3].
-
-    Returns:
-      f32[n].
     """
-    return xyz[:, 2] - np.percentile(xyz[:, 2], 0.99).astype(np.float32)
+    return np.percentile(xyz[:, 2], 0.99).astype(np.float32)
 
 
-def stack_features(xyz: np.ndarray, color: np.ndarray | None, names) -> np.ndarray:
+def height_above_floor(xyz: np.ndarray) -> np.ndarray:
+    """Height of each point above `find_floor`, f32[n] metres."""
+    return xyz[:, 2] - find_floor(xyz)
+
+
+def stack_features(
+    xyz: np.ndarray, color: np.ndarray | None, names, floor: np.float32 | None = None
+) -> np.ndarray:
     """The feature columns that a network asks for.
 
     Args:
-      xyz: f32[n, 3] the whole cloud, z up, metres.
+      xyz: f32[n, 3] z up, metres.
       color: f32[n, 3] in [0, 1], or None.
       names: config.detector.input_features, of "color" and "height".
+      floor: z from which height is measured, metres; None for `find_floor` of `xyz`, which is then the whole cloud.
 
     Returns:
       f32[n, F].
@@ -44,7 +50,8 @@ def stack_features(xyz: np.ndarray, color: np.ndarray | None, names) -> np.ndarr
     columns = [np.zeros((len(xyz), 0), np.float32)]
     for name in names:
         if name == "height":
-            columns.append(height_above_floor(xyz)[:, None])
+            level = find_floor(xyz) if floor is None else floor
+            columns.append(xyz[:, 2:] - level)
         elif name == "color":
             if color is None:
                 raise ValueError(
@@ -62,15 +69,21 @@ def pad_points(xyz: np.ndarray, features: np.ndarray, capacity: int, rng: np.ran
     Returns:
       (Points without batch axis, i64[m] the rows taken, in order).
     """
-    count = min(len(xyz), capacity)
     rows = rng.permutation(len(xyz))[:capacity]
+    return _pad(xyz[rows], features[rows], capacity), rows
+
+
+def _pad(xyz: np.ndarray, features: np.ndarray, capacity: int) -> Points:
+    """Points of `capacity` rows, zeros after the given ones."""
+    count = len(xyz)
     points = Points(
-        np.zeros((capacity, 3), np.float32),
-        np.zeros((capacity, features.shape[1]), np.float32),
+        np.empty((capacity, 3), np.float32),
+        np.empty((capacity, features.shape[1]), np.float32),
         np.arange(capacity) < count,
     )
-    points.xyz[:count], points.features[:count] = xyz[rows], features[rows]
-    return points, rows
+    points.xyz[:count], points.features[:count] = xyz, features
+    points.xyz[count:], points.features[count:] = 0, 0
+    return points
 
 
 def unlabelled_scene(
@@ -82,7 +95,7 @@ def unlabelled_scene(
 
 
 def labelled_scene(sample: dict, index: int, config: Any, rng: np.random.Generator, train: bool) -> Scene:
-    """Subsamples, augments and pads one stored scene.
+    """Augments, subsamples and pads one stored scene.
 
     Args:
       sample: as `data.sources` give them.
@@ -95,23 +108,30 @@ def labelled_scene(sample: dict, index: int, config: Any, rng: np.random.Generat
     Returns:
       Scene without batch axis.
     """
-    dataset = config.dataset
+    dataset, names = config.dataset, config.detector.input_features
     matrix = np.eye(4)
     points_rng, augment_rng = rng.spawn(2)
+    floor = find_floor(sample["xyz"]) if "height" in names else None
     if train:
+        if "color" not in names:
+            sample = {key: value for key, value in sample.items() if key != "color"}  # nothing to augment
         sample, matrix = augment(sample, dataset.augment, augment_rng)
-    features = stack_features(sample["xyz"], sample.get("color"), config.detector.input_features)
-    points, rows = pad_points(sample["xyz"], features, dataset.num_points, points_rng)
-    count = len(rows)
+        if floor is not None:  # it moves with the cloud; a crop does not change it
+            floor = np.float32(matrix[2, 2] * floor + matrix[2, 3])
+    count = min(len(sample["xyz"]), dataset.num_points)
+    rows = points_rng.permutation(len(sample["xyz"]))[:count]
+    xyz = sample["xyz"][rows]
+    color = sample["color"][rows] if "color" in names and sample.get("color") is not None else None
+    points = _pad(xyz, stack_features(xyz, color, names, floor), dataset.num_points)
     center, size, yaw = sample["boxes_center"], sample["boxes_size"], sample["boxes_yaw"]
     if dataset.oriented:
         slots = np.full((dataset.num_points, VOTE_SLOTS), -1, np.int32)
-        slots[:count] = vote_slots(points.xyz[:count], np.concatenate([center, size, yaw[:, None]], axis=1))
+        slots[:count] = vote_slots(xyz, np.concatenate([center, size, yaw[:, None]], axis=1))
         vote_center = center
     else:
         slots = np.full((dataset.num_points, 1), -1, np.int32)
         slots[:count, 0] = sample["instance"][rows]
-        vote_center = middle_of_instances(points.xyz[:count], slots[:count, 0], center)
+        vote_center = middle_of_instances(xyz, slots[:count, 0], center)
     boxes = pad_boxes(center, size, yaw, sample["boxes_label"], dataset.max_boxes, vote_center)
     return Scene(points, boxes, slots, matrix.astype(np.float32), np.int32(index), np.True_)
 
@@ -127,13 +147,33 @@ def middle_of_instances(xyz: np.ndarray, instance: np.ndarray, fallback: np.ndar
     Returns:
       f32[g, 3].
 
+    Raises:
+      ValueError: for an instance that has no row.
+
     Source: VoteNet's ScanNet loader, which aims votes there and not at the labelled box centre.
     """
-    middle = np.array(fallback, np.float32)
-    for row in np.unique(instance[instance >= 0]):
-        points = xyz[instance == row]
-        middle[row] = 0.5 * (points.min(axis=0) + points.max(axis=0))
-    return middle
+    if np.max(instance, initial=-1) >= len(fallback):
+        raise ValueError(
+            f"a point is of instance {np.max(instance)} but there are {len(fallback)} boxes; instances are rows of the boxes"
+        )
+    low, high = _instance_bounds(
+        np.ascontiguousarray(xyz, np.float32), np.asarray(instance, np.int32), len(fallback)
+    )
+    return np.where(low <= high, np.float32(0.5) * (low + high), np.asarray(fallback, np.float32))
+
+
+@numba.njit(cache=True, nogil=True)
+def _instance_bounds(xyz, instance, count):
+    """Lowest and highest coordinates of each instance; low > high where it has no points."""
+    low = np.full((count, 3), np.float32(3e38), np.float32)
+    high = np.full((count, 3), np.float32(-3e38), np.float32)
+    for point in range(len(xyz)):
+        row = instance[point]
+        if row >= 0:
+            for axis in range(3):
+                low[row, axis] = min(low[row, axis], xyz[point, axis])
+                high[row, axis] = max(high[row, axis], xyz[point, axis])
+    return low, high
 
 
 def vote_slots(xyz: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -149,14 +189,36 @@ def vote_slots(xyz: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
     Source: VoteNet, sunrgbd_data.py.
     """
+    boxes = np.asarray(boxes, np.float64)
+    turn = np.stack([np.cos(boxes[:, 6]), np.sin(boxes[:, 6])], axis=1)
+    return _vote_slots(np.ascontiguousarray(xyz), boxes[:, :6].copy(), turn)
+
+
+@numba.njit(cache=True, nogil=True)
+def _vote_slots(xyz, boxes, turn):
+    """The test of `geometry.host.boxes.points_in_boxes`, one box after the other, without its temporaries."""
     slots = np.full((len(xyz), VOTE_SLOTS), -1, np.int32)
     found = np.zeros(len(xyz), np.int32)
-    for row, inside in enumerate(points_in_boxes(xyz, boxes).T):
-        first = inside & (found == 0)
-        slots[first] = row
-        later = np.flatnonzero(inside & (found > 0))
-        slots[later, np.minimum(found[later], VOTE_SLOTS - 1)] = row
-        found += inside
+    for row in range(len(boxes)):
+        x, y, z, length, width, height = boxes[row]
+        if length <= 0 or width <= 0 or height <= 0:
+            continue
+        cos, sin = turn[row]
+        half_l, half_w, half_h = length / 2 + FACE_MARGIN, width / 2 + FACE_MARGIN, height / 2 + FACE_MARGIN
+        for point in range(len(xyz)):
+            dx, dy, dz = xyz[point, 0] - x, xyz[point, 1] - y, xyz[point, 2] - z
+            inside = (
+                (abs(cos * dx + sin * dy) <= half_l)
+                & (abs(cos * dy - sin * dx) <= half_w)
+                & (abs(dz) <= half_h)
+            )
+            if not inside:
+                continue
+            if found[point] == 0:
+                slots[point] = row
+            else:
+                slots[point, min(found[point], VOTE_SLOTS - 1)] = row
+            found[point] += 1
     return slots
 
 

@@ -154,8 +154,7 @@ def load_inference_checkpoint(
         raise ValueError(
             f"no checkpoint at {directory}: expected a folder {folder} as train and import_torch write it"
         )
-    options = ocp.CheckpointManagerOptions(best_fn=_metric, read_only=True)
-    with _quiet(), ocp.CheckpointManager(folder, options=options) as manager:
+    with _quiet(), ocp.CheckpointManager(folder, options=_read_only()) as manager:
         steps = manager.all_steps()
         if not steps:
             raise ValueError(f"{folder} holds no complete checkpoint")
@@ -167,6 +166,10 @@ def load_inference_checkpoint(
         items = ocp.args.Composite(variables=ocp.args.StandardRestore(), config=ocp.args.JsonRestore())
         read = manager.restore(step, args=items)
     return read.variables, ConfigDict(read.config)
+
+
+def _read_only() -> ocp.CheckpointManagerOptions:
+    return ocp.CheckpointManagerOptions(best_fn=_metric, read_only=True)
 
 
 def _folder(directory: str | pathlib.Path) -> pathlib.Path:
