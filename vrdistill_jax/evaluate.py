@@ -18,13 +18,18 @@ from vrdistill_jax.data.sources import open_source
 from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.evaluation.average_precision import render_table
 from vrdistill_jax.evaluation.evaluator import evaluate
+from vrdistill_jax.recipes import densify
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 from vrdistill_jax.training.logging import describe_environment
 from vrdistill_jax.training.step import make_predict_step
 
 
 def evaluate_checkpoint(
-    checkpoint: str, split: str = "val", dataset: str | None = None, data_dir: str | None = None
+    checkpoint: str,
+    split: str = "val",
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    density: int = 1,
 ) -> dict:
     """Loads a checkpoint and evaluates it.
 
@@ -33,6 +38,7 @@ def evaluate_checkpoint(
       split: "train" or "val".
       dataset: name of a dataset with the detector's classes; None for the one that it was trained on.
       data_dir: overrides where the dataset is looked for.
+      density: how many times more points, centres and proposals than in training; see `recipes.densify`.
 
     Returns:
       What AveragePrecision.compute returns.
@@ -41,6 +47,7 @@ def evaluate_checkpoint(
       ValueError: if the dataset's classes are not the detector's.
     """
     variables, config = load_inference_checkpoint(checkpoint)
+    densify(config, density)
     if dataset is not None:
         config.dataset.name = dataset
     if data_dir is not None:
@@ -63,6 +70,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "val", ["train", "val"], "Which scenes.")
     flags.DEFINE_string("dataset", None, "Another dataset with the same classes, such as scannet.")
     flags.DEFINE_string("data_dir", None, "Where the dataset lies, if not where the run had it.")
+    flags.DEFINE_integer("density", 1, "How many times more points the detector reads than in training.", 1)
     flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
@@ -71,7 +79,9 @@ def main() -> int:
     options = flags.FLAGS
     if options.checkpoint is None:
         raise ValueError("--checkpoint is needed, for example --checkpoint=runs/synthrooms")
-    result = evaluate_checkpoint(options.checkpoint, options.split, options.dataset, options.data_dir)
+    result = evaluate_checkpoint(
+        options.checkpoint, options.split, options.dataset, options.data_dir, options.density
+    )
     print(render_table(result))
     if options.json:
         write_result(options.json, options.checkpoint, result)

@@ -1,8 +1,7 @@
 """Imports another project's checkpoint, and checks that our network gives its numbers.
 
-    python -m vrdistill_jax.import_torch --detector=votenet --dataset=sunrgbd --checkpoint=FILE.pth
-    --output=DIR python -m vrdistill_jax.import_torch --detector=votenet --dataset=sunrgbd
-    --checkpoint=FILE.pth --golden=DIR
+    python -m vrdistill_jax.import_torch --detector=votenet --dataset=sunrgbd --checkpoint=FILE.pth --output=DIR
+    python -m vrdistill_jax.import_torch --detector=votenet --dataset=sunrgbd --checkpoint=FILE.pth --golden=DIR
 
 Reads PyTorch files (zip or legacy format, also inside .xz) without PyTorch and without executing what they
 hold, and Keras .h5 weights. The result is a checkpoint that predict, evaluate and the teacher option load.

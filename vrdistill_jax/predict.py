@@ -34,6 +34,7 @@ from vrdistill_jax.data.point_files import read_points
 from vrdistill_jax.data.samples import pad_points, scene_with_pyramid, stack_features
 from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.detectors.decoding import PREDICT
+from vrdistill_jax.recipes import densify
 from vrdistill_jax.structs import Detections, DetectorOutput, Points, Predictions, Scene
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 from vrdistill_jax.visualization.html_viewer import write_viewer
@@ -56,6 +57,7 @@ class Predictor:
         checkpoint: str | pathlib.Path,
         min_score: float = PREDICT.score_threshold,
         max_passes: int = MAX_PASSES,
+        density: int = 1,
     ):
         """Loads a checkpoint.
 
@@ -63,10 +65,12 @@ class Predictor:
           checkpoint: a run's work directory or an imported checkpoint.
           min_score: boxes scored at most this are dropped.
           max_passes: how often the network may read a scan of more than `num_points` points, each time other ones.
+          density: how many times more points, centres and proposals than in training; see `recipes.densify`.
         """
         if max_passes < 1:
             raise ValueError(f"max_passes is {max_passes}; the network must read a scan at least once")
         self.variables, self.config = load_inference_checkpoint(checkpoint)
+        densify(self.config, density)
         detector_config = self.config.detector
         detector = find_detector(detector_config.name)
         self.class_names = tuple(detector_config.class_names)
@@ -246,6 +250,7 @@ def predict_files(
     *,
     min_score: float = PREDICT.score_threshold,
     max_passes: int = MAX_PASSES,
+    density: int = 1,
     **reading: Any,
 ) -> None:
     """Predicts files, writes the results and prints them.
@@ -256,6 +261,7 @@ def predict_files(
       output: folder of the results; one sub-folder per scan.
       min_score: as in `Predictor`.
       max_passes: as in `Predictor`.
+      density: as in `Predictor`.
       **reading: options of `read_scan`.
 
     Raises:
@@ -264,7 +270,7 @@ def predict_files(
     # Every input is read and checked before the model is loaded: bad input fails at once.
     scans = [read_scan(path, **reading) for path in inputs]
     folder = make_output_folder(output)
-    predictor = Predictor(checkpoint, min_score, max_passes)
+    predictor = Predictor(checkpoint, min_score, max_passes, density)
     for path, name, checked in zip(inputs, name_results(inputs), scans, strict=True):
         for warning in checked.warnings:
             print(f"warning: {path}: {warning}", file=sys.stderr)
@@ -286,6 +292,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "max_passes", MAX_PASSES, "How often a scan larger than the network's input is read; 1 is fastest.", 1
     )
+    flags.DEFINE_integer("density", 1, "How many times more points the detector reads than in training.", 1)
     flags.DEFINE_enum("units", "auto", ["auto", *METERS_PER_UNIT], "Units of the scan.")
     flags.DEFINE_enum("up", "auto", ["auto", *UP_AXES], "Axis of the scan that points up.")
     flags.DEFINE_integer("columns", None, "Values per point of a .bin file.", 3)
@@ -302,6 +309,7 @@ def main() -> int:
         options.output,
         min_score=options.min_score,
         max_passes=options.max_passes,
+        density=options.density,
         units=options.units,
         up=options.up,
         columns=options.columns,

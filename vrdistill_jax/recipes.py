@@ -164,3 +164,25 @@ def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
     epoch = num_scenes // config.train.batch_size
     config.train.num_steps = 180 * epoch
     config.train.eval_every = config.train.checkpoint_every = 10 * epoch
+
+
+def densify(config: ConfigDict, factor: int) -> None:
+    """Makes a trained detector read more points: as many times more points, centres per level and proposals.
+
+    A detector trained on few points finds more in rooms larger than those that it was trained on if it samples them as
+    densely. Weights do not depend on these numbers; radii and neighbours per centre stay.
+
+    Args:
+      config: a whole config of a detector that reads a point pyramid; changed in place.
+      factor: 1 changes nothing.
+
+    Raises:
+      ValueError: if the factor is not a positive whole number.
+    """
+    if factor < 1:
+        raise ValueError(f"--density={factor} must be 1 or more")
+    config.dataset.num_points *= factor
+    config.detector.num_proposals *= factor
+    levels = [(factor * centers, radius, neighbors) for centers, radius, neighbors in config.detector.levels]
+    with config.unlocked():
+        config.detector.levels = tuple(levels)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vrdistill_jax.data.augment import read_augmentation
 from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid
 from vrdistill_jax.structs import PointPyramid, PyramidConfig, Scene
 
@@ -45,22 +46,46 @@ def train_batches(
 
     Args:
       source: sequence of sample dicts.
-      config: the whole config: `seed`, `train.batch_size`, `dataset.num_threads`, ....
+      config: the whole config: `seed`, `train.batch_size`, what `labelled_scene` reads, `dataset.num_threads` (batches made
+        at a time) and `dataset.num_workers` (processes that each do that; 0 for threads of this process). Neither changes
+        what is delivered.
       pyramid: what is computed per cloud.
       start_step: number of batches to skip, for a resumed run.
 
     Returns:
       An iterator over (Scene, PointPyramid) with a leading batch axis.
+
+    Raises:
+      ValueError: for an impossible `dataset.augment`.
     """
     import grain  # slow to import, and only training needs it
 
+    read_augmentation(config.dataset.augment)  # a wrong entry is told here, not by a worker
     scenes = PreparedScenes(source, config, pyramid, train=True)
-    count = len(scenes)
+    count, num_threads = len(scenes), config.dataset.num_threads
+    num_workers = config.dataset.get("num_workers", 0)
     order = grain.MapDataset.range(count).seed(config.seed).shuffle().repeat()
     rows = grain.MapDataset.source(_Positions(order, count)).map(lambda at: scenes.prepare(*at))
     batches = rows.batch(config.train.batch_size, drop_remainder=True)[start_step:]
-    threads = grain.ReadOptions(num_threads=config.dataset.num_threads, prefetch_buffer_size=2)
-    return iter(batches.to_iter_dataset(threads))
+    # The buffer bounds how many batches are under way: with fewer than threads, the others would idle.
+    ahead = max(num_threads, 2)
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead))
+    if num_workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags; outside of a verb nobody has parsed any
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return _iterate(dataset)
+
+
+def _iterate(dataset: Any) -> Iterator[tuple[Scene, PointPyramid]]:
+    """Ends threads and workers when the caller drops the iterator."""
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
 
 
 class _Positions:
@@ -91,18 +116,18 @@ def evaluation_batches(
 
     def prepare(start: int):
         rows = np.arange(start, start + batch_size)
-        batch = stack_trees([scenes.prepare(min(int(row), count - 1)) for row in rows])
-        scene, built = batch
+        scene, built = stack_trees([scenes.prepare(min(int(row), count - 1)) for row in rows])
         return scene._replace(mask=rows < count), built
 
-    with ThreadPoolExecutor(max(config.dataset.num_threads, 1)) as pool:
-        ahead = collections.deque(pool.submit(prepare, start) for start in starts[:2])
-        for start in [*starts[2:], None, None]:
-            if not ahead:
-                return
-            yield ahead.popleft().result()
-            if start is not None:
-                ahead.append(pool.submit(prepare, start))
+    num_threads = max(config.dataset.num_threads, 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: collections.deque = collections.deque()
+        for start in starts:
+            waiting.append(pool.submit(prepare, start))
+            if len(waiting) > num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def stack_trees(trees: list) -> Any:

@@ -196,29 +196,27 @@ def vote_slots(xyz: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 @numba.njit(cache=True, nogil=True)
 def _vote_slots(xyz, boxes, turn):
-    """The test of `geometry.host.boxes.points_in_boxes`, one box after the other, without its temporaries."""
+    """The test of `geometry.host.boxes.points_in_boxes`, point by point, without its temporaries."""
     slots = np.full((len(xyz), VOTE_SLOTS), -1, np.int32)
-    found = np.zeros(len(xyz), np.int32)
+    half = boxes[:, 3:6] / 2 + FACE_MARGIN
     for row in range(len(boxes)):
-        x, y, z, length, width, height = boxes[row]
-        if length <= 0 or width <= 0 or height <= 0:
-            continue
-        cos, sin = turn[row]
-        half_l, half_w, half_h = length / 2 + FACE_MARGIN, width / 2 + FACE_MARGIN, height / 2 + FACE_MARGIN
-        for point in range(len(xyz)):
-            dx, dy, dz = xyz[point, 0] - x, xyz[point, 1] - y, xyz[point, 2] - z
-            inside = (
-                (abs(cos * dx + sin * dy) <= half_l)
-                & (abs(cos * dy - sin * dx) <= half_w)
-                & (abs(dz) <= half_h)
-            )
-            if not inside:
+        if min(boxes[row, 3], boxes[row, 4], boxes[row, 5]) <= 0:
+            half[row] = -1.0  # an empty box holds nothing
+    reach = np.sqrt(half[:, 0] ** 2 + half[:, 1] ** 2) * 1.001  # a quick test that most points fail
+    for point in range(len(xyz)):
+        x, y, z = xyz[point]
+        found = 0
+        for row in range(len(boxes)):
+            dx, dy, dz = x - boxes[row, 0], y - boxes[row, 1], z - boxes[row, 2]
+            if not (abs(dx) <= reach[row] and abs(dy) <= reach[row] and abs(dz) <= half[row, 2]):
                 continue
-            if found[point] == 0:
-                slots[point] = row
-            else:
-                slots[point, min(found[point], VOTE_SLOTS - 1)] = row
-            found[point] += 1
+            cos, sin = turn[row]
+            if abs(cos * dx + sin * dy) <= half[row, 0] and abs(cos * dy - sin * dx) <= half[row, 1]:
+                if found == 0:
+                    slots[point] = row
+                else:
+                    slots[point, min(found, VOTE_SLOTS - 1)] = row
+                found += 1
     return slots
 
 

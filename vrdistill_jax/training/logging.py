@@ -1,6 +1,7 @@
 """What a run writes down: config.json, env.json, metrics.jsonl, optionally TensorBoard, and the progress bar."""
 
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -82,7 +83,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "devices": [d.device_kind for d in jax.devices()],
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 

@@ -1,0 +1,86 @@
+"""Writes the tables of the README from the JSON files beside this script.
+
+python results/render.py          rewrites README.md
+python results/render.py --check  exit code 1 if README.md does not show what the JSON files hold
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+HERE = pathlib.Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def read(name: str) -> dict:
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def recall(result: dict, threshold: float) -> float:
+    """Share of all boxes that are found."""
+    classes = [entry for entry in result["classes"].values() if entry["num_gt"]]
+    return sum(e["num_gt"] * e[f"recall@{threshold}"] for e in classes) / sum(e["num_gt"] for e in classes)
+
+
+def provenance(record: dict) -> str:
+    environment, config = record["environment"], record["config"]
+    return (
+        f"`{record['command']}`; VoteNet at width {config['detector']['width']}, {config['dataset']['num_points']:,} points, "
+        f"{config['train']['num_steps']:,} steps of {config['train']['batch_size']} rooms, seed {config['seed']}, one run; "
+        f"{environment['platform']}, jax {environment['jax']}."
+    )
+
+
+def synthrooms() -> str:
+    record = read("synthrooms_votenet_half")
+    result = record["result"]
+    rows = "\n".join(
+        f"| {name} | {percent(entry['AP@0.25'])} | {percent(entry['AP@0.5'])} | {entry['num_gt']} |"
+        for name, entry in result["classes"].items()
+    )
+    return (
+        f"`make train` ends with this table (AP in %, {result['num_scenes']} held-out rooms):\n\n"
+        "| class | AP@0.25 | AP@0.5 | boxes |\n|---|---|---|---|\n"
+        f"{rows}\n| **mean** | **{percent(result['mAP@0.25'])}** | **{percent(result['mAP@0.5'])}** | |\n\n"
+        f"Made by {provenance(record)}"
+    )
+
+
+def sim_to_real() -> str:
+    lines = [
+        "A detector that has seen SynthRooms only, on 8 real ScanNet scenes (150 boxes of the 18 classes; they are training "
+        "scenes of ScanNet, which nothing here was trained on). Recall counts all boxes, mAP averages classes; in %.",
+        "",
+        "| what | recall@0.25 | recall@0.5 | mAP@0.25 | mAP@0.5 |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(HERE.glob("synthrooms_to_scannet8*.json")):
+        record = json.loads(path.read_text())
+        result = record["result"]
+        values = (recall(result, 0.25), recall(result, 0.5), result["mAP@0.25"], result["mAP@0.5"])
+        what = record.get("what", path.stem)
+        lines.append(f"| {what} | " + " | ".join(percent(value) for value in values) + " |")
+    return "\n".join(lines)
+
+
+SECTIONS = {"synthrooms": synthrooms, "sim_to_real": sim_to_real}
+
+
+def render(text: str) -> str:
+    for name, make in SECTIONS.items():
+        pattern = rf"(<!-- results: {name} -->\n).*?(<!-- results: end -->)"
+        text = re.sub(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    before = README.read_text()
+    after = render(before)
+    if "--check" in sys.argv:
+        sys.exit(before != after)
+    README.write_text(after)
