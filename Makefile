@@ -10,7 +10,7 @@ train: $(VENV)/.installed
 	$(BIN)/python -m vrdistill_jax.train --config=configs/synthrooms.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

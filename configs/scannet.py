@@ -10,13 +10,8 @@ we have not run it at full length.
 
 from ml_collections import ConfigDict
 
-from vrdistill_jax.recipes import SCANNET, use_published_schedule, votenet_config
+from vrdistill_jax.recipes import scannet_config
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    config = votenet_config(SCANNET, size)
-    config.dataset.name = "scannet"
-    if size == "full":
-        config.dataset.num_points = 40000
-        use_published_schedule(config, num_scenes=1201)
-    return config
+    return scannet_config(size)

@@ -10,13 +10,8 @@ we have not run it at full length.
 
 from ml_collections import ConfigDict
 
-from vrdistill_jax.recipes import SUNRGBD, use_published_schedule, votenet_config
+from vrdistill_jax.recipes import sunrgbd_config
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    config = votenet_config(SUNRGBD, size)
-    config.dataset.name = "sunrgbd"
-    if size == "full":
-        config.dataset.num_points = 20000
-        use_published_schedule(config, num_scenes=5285)
-    return config
+    return sunrgbd_config(size)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vrdistill_jax.data.point_tables import read_npy_table
+from vrdistill_jax.data.point_tables import printable, read_npy_table
 from vrdistill_jax.geometry.frames import wrap_yaw
 
 MAX_JSON_BYTES = 256 << 20
@@ -28,7 +28,7 @@ class AnnotationError(ValueError):
     """A .json file that does not follow the schema: names the file, the place and what is expected."""
 
     def __init__(self, path: str | os.PathLike, problem: str):
-        super().__init__(f"{os.fspath(path)}: {problem}; docs/custom_dataset.md shows the form")
+        super().__init__(printable(f"{os.fspath(path)}: {problem}; docs/custom_dataset.md shows the form"))
 
 
 class Annotation(NamedTuple):
@@ -76,7 +76,7 @@ def read_annotation(path: str | os.PathLike) -> Annotation:
             raise AnnotationError(path, f"boxes[{i}] is no object")
         _check_keys(path, f"boxes[{i}]", box, _BOX_KEYS)
         label = box.get("label")
-        if not isinstance(label, str) or not label.strip() or len(label) > 100:
+        if not isinstance(label, str) or not label.strip() or len(label) > 100 or not label.isprintable():
             raise AnnotationError(path, f"boxes[{i}].label is {str(label)[:60]!r}, expected a name")
         labels.append(label.strip())
         rows[i, :3] = _read_numbers(path, f"boxes[{i}].center", box.get("center"), 3)

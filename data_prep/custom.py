@@ -100,7 +100,11 @@ def split_scans(
         order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
         return {"train": sorted(order[count:]), "val": sorted(order[:count])}
     try:
-        content = json.loads(pathlib.Path(split_file).read_bytes())
+        data = pathlib.Path(split_file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{split_file}: cannot be read ({error.strerror or error}); check the path") from error
+    try:
+        content = json.loads(data)
         splits = {
             split: [scene_id(pathlib.Path(name + ".x")) for name in content[split]]
             for split in ("train", "val")

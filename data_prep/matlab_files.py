@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from vrdistill_jax.data.hdf5_files import HDF5_ERRORS, HDF5Walk
+from vrdistill_jax.data.point_tables import expansion_limit, printable
+
 MAX_FILE_BYTES = 1 << 30
 MAX_EXPANDED_BYTES = 1 << 32  # variables are compressed; the metadata of SUN RGB-D expands about twentyfold
 _MAX_DEPTH = 12  # nesting of structs and cells
@@ -25,8 +28,7 @@ _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f
 _ENCODINGS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
 _CELL, _STRUCT, _CHAR = 1, 2, 4  # classes of arrays
 _CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
-_READ_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError, OSError)
-_READ_ERRORS += (RuntimeError, struct.error, zlib.error)  # type: ignore[assignment]
+_READ_ERRORS = (*HDF5_ERRORS, struct.error, zlib.error)
 
 
 def read_matlab(
@@ -37,7 +39,8 @@ def read_matlab(
     Args:
       path: a file that Matlab or `scipy.io.savemat` wrote.
       names: the variables to read.
-      max_bytes: refuses files whose variables take more than this once decompressed.
+      max_bytes: refuses files whose variables take more than this once decompressed; files of which they take
+        far more than data compresses to are refused in any case.
 
     Returns:
       Per name its value with axes of length 1 squeezed: numbers as arrays, text as str, a struct as dict,
@@ -52,13 +55,13 @@ def read_matlab(
         if data.startswith(b"MATLAB 7.3") or data[512:520] == b"\x89HDF\r\n\x1a\n":
             found = _read_hdf5(data, names)
         elif data[124:128] in (b"\x00\x01IM", b"\x01\x00MI"):
-            found = _read_version5(data, names, max_bytes)
+            found = _read_version5(data, names, min(max_bytes, expansion_limit(len(data))))
         elif data.startswith(b"# Created by Octave"):
             raise ValueError("Octave saved it as text; save it again in Octave with the option -v7")
         else:
             raise ValueError("it has no header of a Matlab file (version 5 or later)")
     except _READ_ERRORS as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = printable(" ".join(str(error).split()), 300) or type(error).__name__
         raise ValueError(f"{path} cannot be read as a Matlab file: {reason}") from error
     missing = [name for name in names if name not in found]
     if missing:
@@ -212,11 +215,12 @@ def _read_hdf5(data: bytes, names: list[str]) -> dict[str, Any]:
         raise ValueError(
             "reading .mat files of version 7.3 needs h5py: pip install 'vrdistill-jax[data]'"
         ) from error
+    walk = HDF5Walk(len(data))
     with h5py.File(io.BytesIO(data), "r") as file:
-        return {name: _plain_from_hdf5(file, file[name], 0) for name in names if name in file}
+        return {name: _plain_from_hdf5(file, walk.member(file, name), 0, walk) for name in names if name in file}
 
 
-def _plain_from_hdf5(file: Any, item: Any, depth: int) -> Any:
+def _plain_from_hdf5(file: Any, item: Any, depth: int, walk: HDF5Walk) -> Any:
     """Converts a group (struct, struct array) or a data set (numbers, text, cells) of a version 7.3 file."""
     import h5py
 
@@ -225,19 +229,24 @@ def _plain_from_hdf5(file: Any, item: Any, depth: int) -> Any:
     if isinstance(item, h5py.Group):
         # The fields of one struct say what they hold; those of a struct array are bare references, one per
         # element.
-        if any("MATLAB_class" in field.attrs or isinstance(field, h5py.Group) for field in item.values()):
-            return {name: _plain_from_hdf5(file, field, depth + 1) for name, field in item.items()}
-        columns = {name: _referred(file, field, depth) for name, field in item.items()}
+        fields = walk.members(item)
+        if any("MATLAB_class" in field.attrs or isinstance(field, h5py.Group) for field in fields.values()):
+            return {name: _plain_from_hdf5(file, field, depth + 1, walk) for name, field in fields.items()}
+        columns = {name: _referred(file, field, depth, walk) for name, field in fields.items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if item.attrs.get("MATLAB_empty", 0):
         return np.zeros(0)
     if item.dtype == object:
-        return _referred(file, item, depth)
-    values = item[()]
+        return _referred(file, item, depth, walk)
+    values = walk.read(item)
     if item.attrs.get("MATLAB_class", b"") == b"char":
         return "".join(map(chr, values.ravel().tolist()))
     return np.squeeze(np.transpose(values))  # Matlab stores columns first
 
 
-def _referred(file: Any, item: Any, depth: int) -> list:
-    return [_plain_from_hdf5(file, file[reference], depth + 1) for reference in np.ravel(item[()], order="F")]
+def _referred(file: Any, item: Any, depth: int, walk: HDF5Walk) -> list:
+    found = []
+    for reference in np.ravel(walk.read(item), order="F"):
+        walk.count()
+        found.append(_plain_from_hdf5(file, file[reference], depth + 1, walk))
+    return found

@@ -19,13 +19,18 @@ import numpy as np
 from data_prep.safe_pickle import InfoFileError, read_info_pickle
 from vrdistill_jax.data.class_tables import SCANNET_CLASSES, SCANNET_NYU40_IDS, SUNRGBD_CLASSES
 from vrdistill_jax.data.point_files import read_points
+from vrdistill_jax.data.point_tables import printable
 from vrdistill_jax.data.samples import middle_of_instances, vote_slots
 from vrdistill_jax.geometry.frames import boxes_from_mmdet3d
 from vrdistill_jax.geometry.host.boxes import corners_from_boxes, pairwise_iou
 
 SPLITS = ("train", "val", "test")
 _REMEDY = "make the info files again with mmdetection3d's create_data.py"
+_MAX_BOXES = 1000  # of a scene; the datasets have some 60 at most
+_MAX_INSTANCES = 5000
 _SAME_OBJECT_IOU = 0.25  # bounds of an instance against its box: 1 unless the cloud was thinned
+_FAR = 1e6  # metres, pixels: nothing sensible is larger
+_LARGEST_CLASS = 1 << 16  # of a semantic mask: nyu40's are at most 40, unlabelled points may have any mark
 _CAMERA_FROM_DEPTH = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
 
 
@@ -208,9 +213,17 @@ def _rows_of_instances(xyz: np.ndarray, ids: np.ndarray, classes: np.ndarray, sc
     instance = np.full(len(xyz), -1, np.int32)
     label_of = {nyu40: row for row, nyu40 in enumerate(SCANNET_NYU40_IDS)}
     candidates = []
-    for number in np.unique(ids[ids > 0]):
+    numbers = np.unique(ids[ids > 0])
+    if len(numbers) > _MAX_INSTANCES:
+        problem = f"has {len(numbers)} instances, more than {_MAX_INSTANCES}"
+        raise InfoFileError(scene.instance_path, problem, "make the masks again")
+    wrong = int(((classes < 0) | (classes > _LARGEST_CLASS)).sum())
+    if wrong:
+        problem = f"{wrong} points are of a class outside 0 to {_LARGEST_CLASS}"
+        raise InfoFileError(scene.semantic_path, problem, "make the masks again")
+    for number in numbers:
         mine = ids == number
-        points, label = xyz[mine], label_of.get(int(np.bincount(np.maximum(classes[mine], 0)).argmax()), -1)
+        points, label = xyz[mine], label_of.get(int(np.bincount(classes[mine]).argmax()), -1)
         rows = np.flatnonzero(scene.label == label)
         if not len(rows):
             continue
@@ -262,7 +275,8 @@ class _Notes:
         self._counts[text] = self._counts.get(text, 0) + 1
 
     def lines(self) -> tuple[str, ...]:
-        return tuple(f"{self.path}: {text}" + f" ({n} times)" * (n > 1) for text, n in self._counts.items())
+        counted = ((text, f" ({n} times)" if n > 1 else "") for text, n in self._counts.items())
+        return tuple(printable(f"{self.path}: {text}{times}") for text, times in counted)
 
 
 def _info_path(folder: str | os.PathLike, dataset: str, split: str) -> str:
@@ -301,7 +315,7 @@ def _entries(path: str) -> list[_Entry]:
             entries.append(make(path, row, item))
         except InfoFileError:
             raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             problem = f"entry {row} lacks a field or has one of the wrong type ({_short(error)})"
             raise InfoFileError(path, problem, _REMEDY) from error
     return entries
@@ -335,8 +349,10 @@ def _entry_of_list(path: str, row: int, item: dict) -> _Entry:
     image_from_depth = None
     if isinstance(item.get("calib"), dict):
         calibration = item["calib"]
-        tilt, camera = np.asarray(calibration["Rt"], np.float64), np.asarray(calibration["K"], np.float64)
-        image_from_depth = camera.reshape(3, 3) @ _CAMERA_FROM_DEPTH @ tilt.reshape(3, 3).T
+        tilt, camera = (_table(calibration[name], 16).reshape(3, 3) for name in ("Rt", "K"))
+        if not (np.abs(tilt) < _FAR).all() or not (np.abs(camera) < _FAR).all():
+            raise ValueError(f"calib holds a value that is not finite or beyond {_FAR:g}")
+        image_from_depth = camera @ _CAMERA_FROM_DEPTH @ tilt.T
     if len(boxes) != count or len(labels) != count:
         raise InfoFileError(
             path, f"entry {row}: gt_num {count}, {len(boxes)} boxes and {len(labels)} classes differ", _REMEDY
@@ -381,7 +397,7 @@ def _sunrgbd_scene(entry: _Entry, notes: _Notes) -> tuple[InfoScene, np.ndarray]
     fit = np.zeros(2)
     if entry.image_from_depth is None or entry.boxes_2d is None or not len(boxes):
         return scene, fit
-    if any(box is None for box in entry.boxes_2d):
+    if isinstance(entry.boxes_2d, list) and any(box is None for box in entry.boxes_2d):
         return scene, fit
     flat = _numbers(entry, entry.boxes_2d, "2D boxes", (len(boxes), 4))
     projection = _numbers(entry, entry.image_from_depth, "depth2img", None)[:3, :3]
@@ -407,6 +423,8 @@ def _boxes_and_labels(
     entry: _Entry, classes: tuple[str, ...], columns: int, notes: _Notes
 ) -> tuple[np.ndarray, np.ndarray]:
     count = len(entry.labels)
+    if count > _MAX_BOXES:
+        raise entry.fail(f"{count} boxes, more than {_MAX_BOXES}")
     boxes = _numbers(entry, entry.boxes, "boxes", (count, columns)) if count else np.zeros((0, columns))
     rows = {_plain(name): row for row, name in enumerate(classes)}
     rows |= {"showercurtrain": rows.get("showercurtain", -1)}  # so spelled by mmdetection3d
@@ -417,7 +435,7 @@ def _boxes_and_labels(
         elif isinstance(name, int | np.integer) and 0 <= name < len(classes):
             label[i] = name
         if label[i] < 0:
-            notes.say(f"boxes of class {str(name)[:40]!r} were left out: the dataset has no such class")
+            notes.say(f"boxes of class {_shown(name)} were left out: the dataset has no such class")
     kept = label >= 0
     boxes, label = boxes[kept], label[kept]
     if (boxes[:, 3:6] <= 0).any():
@@ -434,7 +452,7 @@ def _scene(entry: _Entry, boxes: np.ndarray, label: np.ndarray, matrix: np.ndarr
     points = _file_path(entry, entry.points, "path of the points")
     columns = entry.num_columns
     if not isinstance(columns, int | np.integer) or not 3 <= columns <= 64:
-        raise entry.fail(f"{str(columns)[:40]!r} values per point; 3 to 64 can be read")
+        raise entry.fail(f"{_shown(columns)} values per point; 3 to 64 can be read")
     name = pathlib.PurePosixPath(points).stem
     return InfoScene(name, entry.path, points, int(columns), boxes, label, matrix, *masks)
 
@@ -442,23 +460,58 @@ def _scene(entry: _Entry, boxes: np.ndarray, label: np.ndarray, matrix: np.ndarr
 def _file_path(entry: _Entry, path: Any, what: str) -> str:
     """A path inside the data folder: an info file must not make us read anything else."""
     if not isinstance(path, str) or not path:
-        raise entry.fail(f"the {what} is {str(path)[:60]!r}")
+        raise entry.fail(f"the {what} is {_shown(path)}")
     parts = pathlib.PurePosixPath(path).parts
-    if path.startswith("/") or ".." in parts or re.search(r"[\\:\0]", path) or len(path) > 500:
+    if path.startswith("/") or ".." in parts or re.search(r"[\\:]", path) or not path.isprintable() or len(path) > 500:
         raise entry.fail(f"the {what} {path[:60]!r} leads out of the folder")
     return str(pathlib.Path(entry.path).parent / pathlib.PurePosixPath(path))
 
 
 def _numbers(entry: _Entry, values: Any, what: str, shape: tuple[int, ...] | None) -> np.ndarray:
     try:
-        array = np.array(values, np.float64)
+        array = _table(values)
     except (TypeError, ValueError, OverflowError) as error:
         raise entry.fail(f"{what}: not made of numbers ({_short(error)})") from error
     if array.ndim != 2 if shape is None else array.shape != shape:
         raise entry.fail(f"{what} of shape {array.shape}, expected {shape or 'a matrix'}")
-    if not np.isfinite(array).all() or np.abs(array).max(initial=0) > 1e6:
+    if not (np.abs(array) <= _FAR).all():  # false for NaN, too
         raise entry.fail(f"{what} hold a value that is not finite or beyond 1e6")
     return array
+
+
+def _table(values: Any, largest: int = 16 * _MAX_BOXES) -> np.ndarray:
+    """f64 array of numbers in at most two levels of lists.
+
+    NumPy would follow any nesting, and a pickle of a few bytes can hold a list that is nested for ever or takes
+    years to walk.
+    """
+    if not isinstance(values, np.ndarray):
+        rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in _listed(values)]
+        numbers = [number for row in rows for number in (_listed(row) if isinstance(row, list | tuple) else [row])]
+        if any(isinstance(number, list | tuple | dict | set | str | bytes) for number in numbers):
+            raise ValueError("nested too deep, or no numbers")
+        if len(numbers) > largest:
+            raise ValueError(f"{len(numbers)} values, more than {largest}")
+        values = rows
+    elif values.dtype.kind not in "fiub":
+        raise TypeError(f"values of type {values.dtype}")
+    with np.errstate(all="ignore"):  # damaged numbers
+        return np.array(values, np.float64)
+
+
+def _listed(values: Any) -> list | tuple:
+    if not isinstance(values, list | tuple) or len(values) > 16 * _MAX_BOXES:
+        raise TypeError(f"a {type(values).__name__} instead of a list of numbers")
+    return values
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; a structure could be endless and takes only its type's name."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    if isinstance(value, bool | float | np.number) or (isinstance(value, int) and value.bit_length() < 128):
+        return repr(value)
+    return f"<{type(value).__name__}>"
 
 
 def _add(table: dict[str, InfoScene], scene: InfoScene) -> None:
@@ -468,4 +521,4 @@ def _add(table: dict[str, InfoScene], scene: InfoScene) -> None:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:80]}"
+    return f"{type(error).__name__}: {str(error)[:80]!a}"

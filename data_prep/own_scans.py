@@ -113,7 +113,9 @@ def convert_scan(
 
 def _smallest_box(xyz: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     instance = np.full(len(xyz), -1, np.int32)
-    inside = points_in_boxes(xyz, boxes)
-    for row in np.argsort(-boxes[:, 3:6].prod(1), kind="stable"):  # smaller boxes overwrite larger ones
-        instance[inside[:, row]] = row
+    order = np.argsort(-boxes[:, 3:6].prod(1), kind="stable")  # smaller boxes overwrite larger ones
+    for start in range(0, len(order), 64):  # not all at once: the table takes points x boxes bytes
+        rows = order[start : start + 64]
+        for row, inside in zip(rows, points_in_boxes(xyz, boxes[rows]).T, strict=True):
+            instance[inside] = row
     return instance

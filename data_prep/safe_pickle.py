@@ -6,6 +6,7 @@ import pathlib
 import re
 from typing import Any
 
+from vrdistill_jax.data.point_tables import printable
 from vrdistill_jax.interop.inert_pickle import (
     CheckpointFileError,
     Constructor,
@@ -23,7 +24,7 @@ class InfoFileError(ValueError):
     """An info file that cannot be used: names the file, what is wrong and what to do."""
 
     def __init__(self, path: str | os.PathLike, problem: str, remedy: str):
-        super().__init__(f"{os.fspath(path)}: {problem}; {remedy}")
+        super().__init__(printable(f"{os.fspath(path)}: {problem}; {remedy}"))
 
 
 def read_info_pickle(path: str | os.PathLike) -> Any:

@@ -30,6 +30,8 @@ CLASS_ROW = {nyu40: row for row, nyu40 in enumerate(SCANNET_NYU40_IDS)}
 # The largest scan's segments take about 4 MB; parsed, JSON takes some 20 times the room.
 MAX_JSON_BYTES = 64 << 20
 _MAX_TEXT_BYTES = 16 << 20
+_MAX_OBJECTS = 5000  # of a scan; each costs a pass over the vertices
+_FAR = 1e6  # metres
 _AGAIN = "download the file again"
 
 
@@ -66,9 +68,9 @@ def convert_scan(
     cloud = read_points(mesh_path)
     if cloud.color is None:
         raise PointFileError(mesh_path, "the vertices have no colours", _AGAIN)
-    bad = int((~np.isfinite(cloud.xyz)).any(axis=1).sum())
+    bad = int((~(np.abs(cloud.xyz) < _FAR)).any(axis=1).sum())
     if bad:
-        raise PointFileError(mesh_path, f"{bad} vertices are not finite", _AGAIN)
+        raise PointFileError(mesh_path, f"{bad} vertices are not finite or beyond {_FAR:g} m", _AGAIN)
     matrix, notes = read_axis_alignment(folder / f"{scene}.txt")
     homogeneous = np.ones((len(cloud.xyz), 4))
     homogeneous[:, :3] = cloud.xyz
@@ -231,6 +233,8 @@ def read_axis_alignment(path: pathlib.Path) -> tuple[np.ndarray, list[str]]:
         raise PointFileError(path, f"axisAlignment is not made of numbers ({line[:80]!a})", _AGAIN) from error
     if values.shape != (16,) or not np.isfinite(values).all():
         raise PointFileError(path, f"axisAlignment has {len(words)} values, not 16 finite ones", _AGAIN)
+    if np.abs(values).max() > _FAR:
+        raise PointFileError(path, f"axisAlignment shifts the scan by more than {_FAR:g} m", _AGAIN)
     matrix = values.reshape(4, 4)
     turn = matrix[:3, :3]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -295,6 +299,8 @@ def _object_groups(path: pathlib.Path) -> list[dict[str, Any]]:
     groups = content.get("segGroups") if isinstance(content, dict) else None
     if not isinstance(groups, list):
         raise PointFileError(path, "it has no list segGroups", _AGAIN)
+    if len(groups) > _MAX_OBJECTS:
+        raise PointFileError(path, f"it has {len(groups)} objects, more than {_MAX_OBJECTS}", _AGAIN)
     for number, group in enumerate(groups):
         good = (
             isinstance(group, dict)

@@ -14,6 +14,7 @@ from vrdistill_jax.data.samples import vote_slots
 from vrdistill_jax.geometry.frames import wrap_yaw
 
 MAX_TEXT_BYTES = 1 << 20
+MAX_OBJECTS = 1000  # of a frame; the dataset's fullest has some 200
 _LABEL_VALUES = 12  # after the class name: a 2D box (4), centre (3), half sizes (3), direction (2)
 
 
@@ -44,6 +45,9 @@ def boxes_from_annotations(annotations: Iterable[Annotation]) -> SceneBoxes:
     Returns:
       The boxes, in the same order. Boxes with unusable numbers are left out and named in the notes.
 
+    Raises:
+      ValueError: if there are more than `MAX_OBJECTS`.
+
     Source: VoteNet, sunrgbd_utils.py: the first coefficient is half the width, the second half the length.
     Differs: VoteNet's heading is -atan2(y, x), clockwise; the contract's yaw is its negative. Sizes of 0
     become 1 mm.
@@ -51,6 +55,8 @@ def boxes_from_annotations(annotations: Iterable[Annotation]) -> SceneBoxes:
     boxes, labels, notes = [], [], []
     others: Counter[str] = Counter()
     for row, annotation in enumerate(annotations, 1):
+        if row > MAX_OBJECTS:
+            raise ValueError(f"a frame has more than {MAX_OBJECTS} objects")
         if annotation.name not in SUNRGBD_CLASSES:
             others[str(annotation.name)[:60]] += 1
             continue
@@ -89,6 +95,8 @@ def read_label_file(path: str | os.PathLike) -> list[Annotation]:
                 f"{path}, line {number} has {len(words)} words, expected a class and {_LABEL_VALUES} "
                 "numbers; download or extract it again"
             )
+        if len(annotations) == MAX_OBJECTS:
+            raise ValueError(f"{path} has more than {MAX_OBJECTS} objects; download or extract it again")
         name = " ".join(words[:-_LABEL_VALUES])
         annotations.append(Annotation(name, values[4:7], values[7:10], values[10:12]))
     return annotations

@@ -109,12 +109,11 @@ def read_extracted_points(path: str | os.PathLike) -> np.ndarray:
     points = read_matlab(path, ["instance"], MAX_DEPTH_BYTES)["instance"]
     if not isinstance(points, np.ndarray) or points.dtype.kind not in "fiu" or np.shape(points)[1:] != (6,):
         raise ValueError(f"{path}: 'instance' has shape {np.shape(points)}, expected points of six numbers")
-    points = points.astype(np.float32)
-    if not (np.abs(points[:, :3]) < 1e4).all():
+    if not (np.abs(points[:, :3].astype(np.float64)) < 1e4).all():
         raise ValueError(f"{path}: coordinates must be finite and in metres; extract it again")
     if not ((points[:, 3:] >= 0) & (points[:, 3:] <= 1)).all():
         raise ValueError(f"{path}: colours must lie in [0, 1]; extract it again")
-    return points
+    return points.astype(np.float32)
 
 
 def read_calibration(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

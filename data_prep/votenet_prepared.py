@@ -27,6 +27,7 @@ CONTAINMENT_MARGIN = (
     1e-3  # metres by which a thinned instance may stick out of its box (rounding of the files)
 )
 _MAX_BOXES = 1000
+_MAX_INSTANCES = 5000  # of a scene; each costs a pass over the points
 _AGAIN = "run VoteNet's preparation script again"
 
 
@@ -116,7 +117,10 @@ def match_instances(
       ValueError: if there are boxes and instances but not one pair.
     """
     instances: list[tuple[int, np.ndarray, np.ndarray, set[int]]] = []
-    for value in np.unique(instance_id):
+    numbers = np.unique(instance_id)
+    if len(numbers) > _MAX_INSTANCES:
+        raise ValueError(f"the points have {len(numbers)} instances, more than {_MAX_INSTANCES}")
+    for value in numbers:
         rows = np.flatnonzero(instance_id == value)
         if value != 0 and int(nyu40[rows[0]]) in CLASS_ROW:
             points = xyz[rows]

@@ -4,8 +4,9 @@
     python -m vrdistill_jax.benchmark --suite=votenet --json=votenet.json
 
 Suites: pyramid (sampling and neighbour search, host and device), votenet (cloud to boxes at batch 1, three widths),
-train_step (configs/synthrooms.py, batch 8), train_step_full (the same at VoteNet's published size; only on request),
-peers (the same work by torch, scipy and fpsample, where installed). Needs no download: it measures on procedural rooms.
+train_step (configs/synthrooms.py, batch 8), peers (the same work by torch, scipy and fpsample, where installed). Only on
+request: loader (from a stored scene to the network's input), train_step_full (train_step at VoteNet's published size).
+Needs no download: it measures on procedural rooms.
 
 Every stage is called twice to compile and warm up, then timed call by call until --seconds have passed; JAX results are
 waited for. The file of --json holds
@@ -31,7 +32,7 @@ from typing import Any
 
 from absl import flags
 
-from vrdistill_jax.benchmarks import peers, pyramid, train_step, votenet
+from vrdistill_jax.benchmarks import loader, peers, pyramid, train_step, votenet
 from vrdistill_jax.benchmarks.recorder import QUICK, Effort, Recorder, describe_machine
 from vrdistill_jax.command_line import run_verb
 
@@ -40,6 +41,7 @@ SUITES: dict[str, Callable[[Recorder], None]] = {
     "votenet": votenet.run,
     "train_step": train_step.run,
     "peers": peers.run,  # after our own suites: torch keeps threads once it is imported
+    "loader": loader.run,
     "train_step_full": partial(train_step.run, size="full"),
 }
 DEFAULT_SUITES = ("pyramid", "votenet", "train_step", "peers")

@@ -1,7 +1,8 @@
 """Building blocks of config files: whole configs that a file in configs/ adjusts.
 
 A config has the sections `detector` (architecture; all that a checkpoint needs at inference), `dataset`, `optimizer`,
-`norm_momentum` and `train`, and `seed`. Every entry can be overridden on the command line: --config.train.batch_size=4.
+`norm_momentum` and `train`, `seed`, and for distillation `teacher` and `distiller`. Every entry can be overridden on the
+command line: --config.train.batch_size=4.
 """
 
 import math
@@ -17,6 +18,7 @@ from vrdistill_jax.data.class_tables import (
     SUNRGBD_MEAN_SIZES,
 )
 from vrdistill_jax.detectors import votenet
+from vrdistill_jax.distillers import find_distiller
 
 
 class Task(NamedTuple):
@@ -39,7 +41,12 @@ VOTENET_SIZES = {
     "full": (1.0, 256, ((2048, 0.2, 64), (1024, 0.4, 32), (512, 0.8, 16), (256, 1.2, 16)), 20000),
     "small": (0.5, 128, ((1024, 0.2, 32), (512, 0.4, 16), (256, 0.8, 16), (128, 1.2, 16)), 8192),
     "tiny": (0.25, 32, ((128, 0.3, 8), (64, 0.6, 8), (32, 0.8, 8), (16, 1.2, 8)), 1024),
+    "teacher": (1.0, 128, ((1024, 0.2, 32), (512, 0.4, 16), (256, 0.8, 16), (128, 1.2, 16)), 8192),
 }
+
+
+# Of a student's hidden layers, as a share of its teacher's.
+STUDENT_WIDTHS = {"same": 1.0, "half": 0.5, "quarter": 0.25}
 
 
 def votenet_config(task: Task, size: str = "full") -> ConfigDict:
@@ -47,7 +54,8 @@ def votenet_config(task: Task, size: str = "full") -> ConfigDict:
 
     Args:
       task: classes and boxes.
-      size: "full" is the published architecture; "small" trains in minutes on two CPU cores; "tiny" is for tests.
+      size: "full" is the published architecture; "small" trains in minutes on two CPU cores; "teacher" is a "small" of
+        full width; "tiny" is for tests.
 
     Returns:
       A whole config; `dataset.name` is left for the caller to set.
@@ -164,6 +172,105 @@ def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
     epoch = num_scenes // config.train.batch_size
     config.train.num_steps = 180 * epoch
     config.train.eval_every = config.train.checkpoint_every = 10 * epoch
+
+
+def synthrooms_config(size: str = "small") -> ConfigDict:
+    """VoteNet on SynthRooms; sizes as in `votenet_config`."""
+    config = votenet_config(SCANNET, size)
+    config.dataset.name = "synthrooms"
+    config.dataset.style = "scan"
+    config.dataset.num_train = 64 if size == "tiny" else 1200
+    config.dataset.num_val = 16 if size == "tiny" else 312
+    if size == "full":
+        config.train.num_steps, config.train.eval_every, config.train.checkpoint_every = 27000, 1500, 1500
+    return config
+
+
+def scannet_config(size: str = "full") -> ConfigDict:
+    """VoteNet on ScanNet with its published schedule at full size."""
+    config = votenet_config(SCANNET, size)
+    config.dataset.name = "scannet"
+    if size == "full":
+        config.dataset.num_points = 40000
+        use_published_schedule(config, num_scenes=1201)
+    return config
+
+
+def sunrgbd_config(size: str = "full") -> ConfigDict:
+    """VoteNet on SUN RGB-D with its published schedule at full size."""
+    config = votenet_config(SUNRGBD, size)
+    config.dataset.name = "sunrgbd"
+    if size == "full":
+        config.dataset.num_points = 20000
+        use_published_schedule(config, num_scenes=5285)
+    return config
+
+
+DATASETS = {"synthrooms": synthrooms_config, "scannet": scannet_config, "sunrgbd": sunrgbd_config}
+
+
+def student_config(
+    methods: tuple[str, ...], width: str = "half", size: str = "teacher", dataset: str = "synthrooms"
+) -> ConfigDict:
+    """A narrow VoteNet that learns from a trained one: the config of a distillation run.
+
+    Args:
+      methods: names of distillers, whose losses are added up; none of them trains the same student on its own, the
+        comparison that a distiller is judged by.
+      width: of STUDENT_WIDTHS, relative to the teacher.
+      size: of the teacher, as in `votenet_config`.
+      dataset: of DATASETS.
+
+    Returns:
+      A whole config; `teacher.checkpoint` is left for the caller to set.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    for name, known in ((width, STUDENT_WIDTHS), (dataset, DATASETS)):
+        if name not in known:
+            raise ValueError(f"unknown {name!r}; known: {', '.join(known)}")
+    config = DATASETS[dataset](size)
+    config.detector.width *= STUDENT_WIDTHS[width]
+    if size == "full":
+        _use_distillation_schedule(config, dataset)
+    if not methods:
+        return config
+    config.teacher = default_teacher_config()
+    config.distiller = ConfigDict({"methods": {}})
+    with config.unlocked():
+        for name in methods:
+            config.distiller.methods[name] = find_distiller(name).default_config()
+    return config
+
+
+def default_teacher_config() -> ConfigDict:
+    """The section `teacher` of a distillation run.
+
+    Returns:
+      A ConfigDict with
+        checkpoint: a run's work directory or an imported checkpoint,
+        detector: entries of the teacher's config.detector that are changed while it teaches (not where it is evaluated):
+          its clusters are spread over votes, as in training,
+        weights_sha256, mAP_25, mAP_50: filled in by training, for the record (a hash that is given is checked).
+    """
+    config = ConfigDict()
+    config.checkpoint = ""
+    config.detector = ConfigDict({"cluster_sampling_eval": "vote_fps"})
+    config.weights_sha256 = ""
+    config.mAP_25 = config.mAP_50 = -1.0
+    return config
+
+
+def _use_distillation_schedule(config: ConfigDict, dataset: str) -> None:
+    """AdamW, 180 epochs of batches of 8, cosine to zero; the refinement decays more than the student.
+
+    Source: VRDistill, section 4.2. The learning rate on ScanNet is not given there; this is VoteNet's.
+    """
+    config.optimizer.name, config.optimizer.schedule = "adamw", "cosine"
+    config.optimizer.learning_rate = 0.005 if dataset == "sunrgbd" else 1e-3
+    config.optimizer.weight_decay, config.optimizer.distiller_weight_decay = 1e-5, 1e-2
+    config.optimizer.decay_epochs = ()
 
 
 def densify(config: ConfigDict, factor: int) -> None:

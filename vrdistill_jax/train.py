@@ -1,14 +1,17 @@
-"""Trains a detector.
+"""Trains a detector, on its own or (where the config has a section `distiller`) with a teacher.
 
     python -m vrdistill_jax.train --config=configs/synthrooms.py
     python -m vrdistill_jax.train --config=configs/synthrooms.py --workdir=runs/wide --config.detector.width=1.0
+    python -m vrdistill_jax.train --config=configs/distill/vrdistill_half.py --config.teacher.checkpoint=runs/teacher
 
 The work directory receives checkpoints, metrics.jsonl, config.json, env.json and report.txt. Starting the same command
 again resumes it; on a CPU the result is bit for bit that of an uninterrupted run.
 """
 
+import copy
 import pathlib
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -22,6 +25,15 @@ from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.evaluation.average_precision import render_table
 from vrdistill_jax.evaluation.evaluator import evaluate
 from vrdistill_jax.training.checkpoint import RunCheckpoints, check_same_config
+from vrdistill_jax.training.distill import (
+    init_distillers,
+    load_teacher,
+    make_distill_step,
+    make_distillation,
+    make_teacher_predict,
+    record_teacher_scores,
+    teacher_scores,
+)
 from vrdistill_jax.training.logging import RunLog
 from vrdistill_jax.training.optimizer import make_optimizer
 from vrdistill_jax.training.parallel import AXIS, map_train_step
@@ -42,10 +54,11 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
       The final evaluation: what evaluation.average_precision returns.
 
     Raises:
-      ValueError: for impossible configs, or a workdir that holds a run of another config.
+      ValueError: for impossible configs, a teacher that does not fit, or a workdir that holds a run of another config.
       FloatingPointError: when a loss term is no longer finite.
     """
-    workdir = pathlib.Path(workdir)
+    workdir, config = pathlib.Path(workdir), copy.deepcopy(config)
+    teacher = load_teacher(config, workdir) if config.get("distiller") else None
     check_same_config(workdir, config)
 
     # ---- Data
@@ -67,18 +80,32 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     scene, geometry = next(evaluation_batches(val_source, config, pyramid, 1))
     state = init_state(init_variables(model, init_key, scene.points, geometry), optimizer)
+    names = tuple(config.detector.class_names)
+
+    def measure(predict_fn, variables) -> dict:
+        batches = evaluation_batches(val_source, config, pyramid, config.train.eval_batch_size)
+        variables = jax.device_put(variables, jax.local_devices()[0])
+        return evaluate(lambda points, p: predict_fn(variables, points, p), batches, names)
 
     # ---- Step
     norm_momentum = norm_momentum_schedule(config.norm_momentum, steps_per_epoch)
-    step_fn = make_train_step(model, detector.loss, config.detector, optimizer, norm_momentum, axis_name)
-    step_fn = map_train_step(step_fn) if axis_name else jax.jit(step_fn, donate_argnums=(0,))
+    student = (model, detector.loss, config.detector, optimizer, norm_momentum)
+    constants: tuple = ()  # what the step takes besides state, batch and key
+    if teacher is None:
+        step_fn = make_train_step(*student, axis_name)
+    else:
+        distillation = make_distillation(config, teacher, learning_rate, axis_name)
+        key = jax.random.fold_in(init_key, 1)
+        learned = init_distillers(distillation, key, model, state.variables, Batch(scene, geometry))
+        state = state._replace(distiller=learned)
+        step_fn = make_distill_step(*student, distillation, axis_name)
+        constants = (teacher.variables,)
+    mapped = partial(map_train_step, num_constants=len(constants))
+    step_fn = mapped(step_fn) if axis_name else jax.jit(step_fn, donate_argnums=(0,))
     predict_fn = make_predict_step(model, detector.decode, config.detector)
 
-    def evaluate_state(state) -> dict:
-        batches = evaluation_batches(val_source, config, pyramid, config.train.eval_batch_size)
-        names = tuple(config.detector.class_names)
-        variables = jax.device_put(state.variables, jax.local_devices()[0])
-        return evaluate(lambda points, p: predict_fn(variables, points, p), batches, names)
+    if teacher is not None and not teacher_scores(config):
+        record_teacher_scores(config, headline(measure(make_teacher_predict(teacher), teacher.variables)))
 
     # ---- Loop
     with RunCheckpoints(workdir, config) as checkpoints:
@@ -90,13 +117,19 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
             f"{config.detector.name}, {count_parameters(state.params):,} parameters, {len(train_source)} training scenes, "
             f"{'resuming at' if start else 'starting at'} step {start} of {num_steps}"
         )
+        if teacher is not None:
+            measured = teacher_scores(config)
+            text = ", ".join(f"{name} {score:.3f}" for name, score in measured.items())
+            log.say(f"teacher {config.teacher.checkpoint}: {text}")
+            if not start:
+                log.write(0, measured, "teacher/")
         batches = train_batches(train_source, config, pyramid, start)
         waiting, pending, result = 0.0, None, None
         for step in range(start + 1, num_steps + 1):
             began = time.perf_counter()
             batch = Batch(*next(batches))
             waiting += time.perf_counter() - began
-            state, metrics = step_fn(state, batch, run_key)
+            state, metrics = step_fn(state, batch, run_key, *constants)
             if pending is not None:  # looked at one step late, so that the device never waits for the host
                 check_finite(step - 1, pending)
             pending = metrics
@@ -114,7 +147,7 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
             scores = None
             if step % config.train.eval_every == 0 or last:
                 check_finite(step, metrics)
-                result = evaluate_state(state)
+                result = measure(predict_fn, state.variables)
                 scores = headline(result)
                 log.write(step, scores, "val/")
                 log.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
@@ -122,7 +155,7 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
                 check_finite(step, metrics)
                 checkpoints.save(state, scores)
         log.close()
-    return result if result is not None else evaluate_state(state)
+    return result if result is not None else measure(predict_fn, state.variables)
 
 
 def headline(result: dict) -> dict[str, float]:

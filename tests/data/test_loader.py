@@ -11,6 +11,12 @@ CONFIG = tiny_config()
 PYRAMID = votenet.pyramid_config(CONFIG.detector)
 
 
+FULL_AUGMENTATION = {
+    "points_share": (0.5, 1.0), "flip_x": 0.5, "max_turn": 0.5, "max_scale": 0.1, "shift_std": 0.1, "crop": "last",
+    "color_drop": 0.3,
+}  # fmt: skip
+
+
 def take(count: int, start: int = 0, **changes):
     batches = train_batches(SOURCE, tiny_config(**changes), PYRAMID, start)
     return [next(batches) for _ in range(count)]
@@ -21,6 +27,28 @@ def test_resuming_gives_the_same_batches(threads):
     whole = take(8)
     resumed = take(5, start=3, **{"dataset.num_threads": threads})
     jax.tree.map(np.testing.assert_array_equal, whole[3:], resumed)
+
+
+def test_worker_processes_deliver_the_same_batches_and_resume():
+    whole = take(6)
+    workers = take(4, start=2, **{"dataset.num_workers": 2})
+    jax.tree.map(np.testing.assert_array_equal, whole[2:], workers)
+    assert jax.tree.structure(whole[0]) == jax.tree.structure(workers[0])
+    doubled = jax.jit(lambda scene: 2 * scene.points.xyz)(workers[0][0])  # JAX takes arrays in shared memory
+    np.testing.assert_array_equal(doubled, 2 * whole[2][0].points.xyz)
+
+
+def test_batches_do_not_depend_on_what_was_read_before():
+    """A killed epoch that is resumed batch by batch gives the sequence of an uninterrupted one."""
+    whole = take(5, **{"dataset.augment": FULL_AUGMENTATION})
+    for step in range(5):
+        (alone,) = take(1, start=step, **{"dataset.augment": FULL_AUGMENTATION})
+        jax.tree.map(np.testing.assert_array_equal, whole[step], alone)
+
+
+def test_impossible_augmentation_is_told_at_once():
+    with pytest.raises(ValueError, match="unknown entry 'flipx'"):
+        train_batches(SOURCE, tiny_config(**{"dataset.augment": {"flipx": 1.0}}), PYRAMID)
 
 
 def test_every_epoch_is_a_permutation_with_other_points():
@@ -48,7 +76,7 @@ def test_evaluation_reads_every_scene_once_and_marks_padding():
     rows = np.concatenate([scene.index[scene.mask] for scene, _ in batches])
     np.testing.assert_array_equal(rows, range(7))
     assert batches[-1][0].mask.tolist() == [True, False, False]
-    again = list(evaluation_batches(SOURCE, CONFIG, PYRAMID, 3))
+    again = list(evaluation_batches(SOURCE, tiny_config(**{"dataset.num_threads": 5}), PYRAMID, 3))
     jax.tree.map(np.testing.assert_array_equal, batches, again)
 
 

@@ -11,6 +11,7 @@ from vrdistill_jax.data.samples import (
     unlabelled_scene,
     vote_slots,
 )
+from vrdistill_jax.geometry.host.boxes import points_in_boxes
 from vrdistill_jax.structs import pad_boxes, validate
 
 
@@ -51,6 +52,39 @@ def test_height_is_measured_on_the_whole_augmented_cloud():
     np.testing.assert_allclose(scene.points.features[:, 0], scene.points.xyz[:, 2] - floor, atol=1e-5)
 
 
+@pytest.mark.parametrize("crop", ["first", "last"])
+def test_height_survives_shifts_and_crops(crop):
+    """The floor is that of the stored cloud, wherever it went and whatever part of it is left."""
+    sample = make_sample(2, num_points=2000)
+    sample["xyz"] = np.random.default_rng(0).uniform(-3, 3, (2000, 3)).astype(np.float32)
+    changes = {"shift_std": 0.5, "max_scale": 0.3, "crop": crop, "crop_min_points": 300}
+    config = tiny_config()
+    config.dataset.augment = dict(config.dataset.augment) | changes
+    smaller = 0
+    for seed in range(10):
+        scene = labelled_scene(sample, 0, config, np.random.default_rng(seed), True)
+        matrix = scene.scene_from_input.astype(np.float64)
+        floor = matrix[2, 2] * np.percentile(sample["xyz"][:, 2], 0.99) + matrix[2, 3]
+        mask = scene.points.mask
+        np.testing.assert_allclose(
+            scene.points.features[mask, 0], scene.points.xyz[mask, 2] - floor, atol=1e-5
+        )
+        back = (scene.points.xyz[mask] - matrix[:3, 3]) @ np.linalg.inv(matrix[:3, :3]).T
+        smaller += np.ptp(back, axis=0).min() < 5.0
+        assert np.abs(back).max() < 3.001
+    assert smaller > 3
+
+
+def test_colours_are_augmented_only_where_they_are_read():
+    sample = make_sample(0)
+    changes = {"dataset.augment": {"color_drop": 0.5}, "detector.input_features": ("color",)}
+    dropped = scene_of(sample, train=True, **changes).points.features
+    assert 0.3 < (dropped == 0).all(axis=1).mean() < 0.7
+    assert (scene_of(sample, train=False, **changes).points.features > 0).any(axis=1).all()
+    sample["color"] = None  # never looked at
+    scene_of(sample, train=True, **{"dataset.augment": {"color_drop": 0.5}})
+
+
 def test_height_percentile_is_votenets():
     z = np.arange(1001, dtype=np.float32)
     xyz = np.stack([z, z, z], 1)
@@ -71,6 +105,43 @@ def test_votes_aim_at_the_middle_of_the_sampled_instance():
     xyz = np.array([[0, 0, 0], [2, 4, 6], [9, 9, 9], [1, 1, 1]], np.float32)
     middle = middle_of_instances(xyz, np.array([0, 0, -1, 2]), np.full((3, 3), 7.0, np.float32))
     np.testing.assert_array_equal(middle, [[1, 2, 3], [7, 7, 7], [1, 1, 1]])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_middles_are_those_of_a_plain_loop(seed):
+    rng = np.random.default_rng(seed)
+    xyz, instance = rng.normal(size=(500, 3)).astype(np.float32), rng.integers(-1, 9, 500)
+    instance[instance == 4] = -1
+    fallback = rng.normal(size=(9, 3)).astype(np.float32)
+    expected = fallback.copy()
+    for row in set(range(9)) - {4}:
+        points = xyz[instance == row]
+        expected[row] = (points.min(axis=0) + points.max(axis=0)) / 2
+    np.testing.assert_allclose(middle_of_instances(xyz, instance, fallback), expected, atol=1e-7)
+    np.testing.assert_array_equal(middle_of_instances(xyz, np.full(500, -1), fallback), fallback)
+
+
+def test_an_instance_without_a_box_is_an_error():
+    with pytest.raises(ValueError, match="a point is of instance 2 but there are 2 boxes"):
+        middle_of_instances(np.zeros((3, 3), np.float32), np.array([0, 2, -1]), np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_vote_slots_are_those_of_a_plain_loop(seed):
+    rng = np.random.default_rng(seed)
+    xyz = rng.uniform(-2, 2, (800, 3)).astype(np.float32)
+    boxes = np.concatenate(
+        [rng.uniform(-1, 1, (12, 3)), rng.uniform(0.3, 2.5, (12, 3)), rng.uniform(-3.1, 3.1, (12, 1))], 1
+    ).astype(np.float32)
+    boxes[3, 4] = 0  # empty
+    boxes[5] = [*xyz[0], 2 * abs(xyz[1] - xyz[0])[0], 9, 9, 0]  # xyz[1] lies on a face
+    inside = points_in_boxes(xyz, boxes)
+    expected = np.full((800, 3), -1)
+    for point in range(800):
+        for number, row in enumerate(np.flatnonzero(inside[point])):
+            expected[point, slice(None) if number == 0 else min(number, 2)] = row
+    assert inside.sum(axis=1).max() >= 4
+    np.testing.assert_array_equal(vote_slots(xyz, boxes), expected)
 
 
 def test_vote_slots_fill_as_the_reference_does():

@@ -20,6 +20,7 @@ from vrdistill_jax.data.point_tables import (
     MAX_ARRAY_BYTES,
     PlyTable,
     PointFileError,
+    expansion_limit,
     read_npy_table,
     read_ply_table,
 )
@@ -160,6 +161,19 @@ def _read_npz(path: pathlib.Path, stream: BinaryIO) -> PointCloud:
 
 def _read_member(path: pathlib.Path, archive: zipfile.ZipFile, key: str) -> np.ndarray:
     member = archive.getinfo(key + ".npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise PointFileError(
+            path,
+            f"array {key!a} is packed by method {member.compress_type}, which NumPy never uses",
+            "save it again with numpy.savez_compressed",
+        )
+    limit = expansion_limit(member.compress_size)
+    if member.compress_type != zipfile.ZIP_STORED and member.file_size > limit:
+        raise PointFileError(
+            path,
+            f"array {key!a} unpacks from {member.compress_size} to {member.file_size} bytes, more than {limit}",
+            "save it again with numpy.savez, uncompressed",
+        )
     if member.file_size > MAX_ARRAY_BYTES:
         raise PointFileError(
             path,

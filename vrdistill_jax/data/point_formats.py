@@ -49,9 +49,11 @@ def read_pcd_table(path: pathlib.Path, stream: BinaryIO, size: int) -> PlyTable:
       PointFileError: if the file is not a PCD, is truncated or contradicts its header.
     """
     fields, count, viewpoint, form = _read_pcd_header(path, stream)
+    row_bytes = sum(repeat * int(kind[2:]) for _, kind, repeat in fields)  # NumPy's own sum may overflow
+    if count * row_bytes > MAX_ARRAY_BYTES:
+        problem = f"announces {count} points of {row_bytes} bytes, more than fit"
+        raise PointFileError(path, problem, "thin the cloud first")
     dtype = np.dtype([(f"f{i}", kind, (repeat,)) for i, (_, kind, repeat) in enumerate(fields)])
-    if count * dtype.itemsize > MAX_ARRAY_BYTES:
-        raise PointFileError(path, f"announces {count} points, more than fit", "thin the cloud first")
     left = size - stream.tell()
     if form == "ascii":
         table = _read_pcd_ascii(path, stream, left, dtype, count)

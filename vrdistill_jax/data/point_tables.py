@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -48,7 +49,38 @@ class PointFileError(ValueError):
     """A scan that cannot be read: names the file, what is wrong and what to do."""
 
     def __init__(self, path: str | os.PathLike, problem: str, remedy: str):
-        super().__init__(f"{os.fspath(path)}: {problem}; {remedy}")
+        super().__init__(printable(f"{os.fspath(path)}: {problem}; {remedy}"))
+
+
+def printable(text: str, longest: int = 2000) -> str:
+    """Makes a message out of text that a stranger's file may have a part in.
+
+    Args:
+      text: may hold control characters (which a terminal would obey) and halves of surrogate pairs (which cannot
+        be printed at all).
+      longest: characters; longer text loses its middle.
+
+    Returns:
+      One line in which both are written as escapes.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest * 2 // 3]} ... {text[-longest // 4 :]}"
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+    return "".join(shown)
+
+
+def expansion_limit(packed_bytes: int) -> int:
+    """How many bytes a compressed file may take once unpacked.
+
+    Args:
+      packed_bytes: size of the file.
+
+    Returns:
+      32 MiB and 64 times the file: measured data packs to a tenth at best, and only bombs to a thousandth.
+    """
+    return (32 << 20) + 64 * packed_bytes
 
 
 class _PlyElement(NamedTuple):
@@ -110,7 +142,7 @@ def read_ply_table(path: pathlib.Path, stream: BinaryIO, size: int, names: tuple
         )
     if vertex.rows == 0:
         raise PointFileError(path, "holds 0 points", "export it again")
-    warnings: list[str] = []
+    notes: list[str] = []
     if order == "ascii":
         values = _read_ply_ascii(path, stream, size, elements[:row], vertex, list(wanted.values()))
     else:
@@ -120,14 +152,14 @@ def read_ply_table(path: pathlib.Path, stream: BinaryIO, size: int, names: tuple
         after = elements[row + 1 :]
         left = size - stream.tell() - sum(element.rows * element.dtype(order).itemsize for element in after)
         if left > 0 and not any(element.has_list for element in after):
-            warnings.append(
+            notes.append(
                 f"{left} bytes follow the data that the header announces; its counts may be wrong"
             )
     return PlyTable(
         columns=dict(zip(wanted, values, strict=True)),
         kinds={name: vertex.properties[i][1] for name, i in wanted.items()},
         layout={"ascii": "ASCII", "<": "binary little endian", ">": "binary big endian"}[order],
-        warnings=warnings,
+        warnings=notes,
     )
 
 
@@ -224,6 +256,8 @@ def _ascii_columns(rows: list[list[bytes]], vertex: _PlyElement, wanted: list[in
         position, at = 0, []
         for _, _, length in vertex.properties:
             at.append(position)
+            if length is not None and int(row[position]) < 0:
+                raise ValueError(f"a list of length {int(row[position])}")
             position += 1 if length is None else 1 + int(row[position])
         for column, i in zip(columns, wanted, strict=True):
             column.append(float(row[at[i]]))
@@ -316,6 +350,8 @@ def read_npy_table(path: pathlib.Path, stream: BinaryIO, size: int, inside: str 
     length = int.from_bytes(start[8:begin], "little")
     if start[6:8] not in (b"\x01\x00", b"\x02\x00", b"\x03\x00") or len(start) < 12 or length > 65536:
         raise PointFileError(path, f"{inside}the NumPy header is damaged", remedy)
+    if length < 2:  # less than what has been read already
+        raise PointFileError(path, f"{inside}the NumPy header is damaged", remedy)
     header = ((b"" if wide else start[10:]) + stream.read(length - (0 if wide else 2))).decode("latin-1")
     found = _NPY_HEADER.fullmatch(header)
     if len(header) < length or found is None:
@@ -362,7 +398,9 @@ def read_npy_table(path: pathlib.Path, stream: BinaryIO, size: int, inside: str 
         )
     stream.seek(0)
     try:
-        return np.load(stream, allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that Python 2 wrote it
+            return np.load(stream, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise PointFileError(
             path, f"{inside}NumPy cannot read the array ({str(error)[:200]})", remedy

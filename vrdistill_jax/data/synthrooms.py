@@ -16,6 +16,7 @@ import numpy as np
 
 from vrdistill_jax.data.builders import FORMAT_VERSION, map_in_processes, prepare_scenes
 from vrdistill_jax.data.class_tables import SCANNET_CLASSES, SUNRGBD_CLASSES
+from vrdistill_jax.data.rooms.annotation import smear_labels
 from vrdistill_jax.data.rooms.depth_camera import (
     CameraConfig,
     CameraPose,
@@ -30,13 +31,20 @@ from vrdistill_jax.data.rooms.layout import Room, furnish_room
 from vrdistill_jax.data.rooms.mesh_parts import MeshBuilder, TriangleMesh, move_mesh
 from vrdistill_jax.data.rooms.planner import Placement
 
-GENERATOR_VERSION = 2  # raise it whenever the rooms change: prepared datasets are then made anew
+GENERATOR_VERSION = 3  # raise it whenever the rooms change: prepared datasets are then made anew
 
-SCAN_CAMERA = CameraConfig(width=84, height=63, horizontal_fov=68.0, noise_scale=0.5, pose_noise=0.004)
+SCAN_CAMERA = CameraConfig(
+    width=84, height=63, horizontal_fov=62.0, noise_scale=0.45, hole_patches=3.0, pose_noise=0.005
+)
 VIEW_CAMERA = CameraConfig(width=200, height=150, horizontal_fov=66.0, max_range=7.5, hole_patches=4.0)
 
 # ScanNet leaves night stands and dressers without a label; here they are what they look like, small cabinets.
-_SCAN_LABELS = {name: row for row, name in enumerate(SCANNET_CLASSES)} | {"night_stand": 0, "dresser": 0}
+# Its last class is NYU40's "other furniture": bins, but also ottomans, hampers and the like.
+_SCAN_LABELS = {name: row for row, name in enumerate(SCANNET_CLASSES)} | {
+    **dict.fromkeys(("night_stand", "dresser"), 0),
+    **dict.fromkeys(("ottoman", "hamper"), 17),
+}
+_SELDOM_AIMED_AT = ("door", "window", "picture", "curtain")
 _VIEW_LABELS = {name: row for row, name in enumerate(SUNRGBD_CLASSES)}
 
 # Factors on depth, width and height where SUN RGB-D's mean sizes (true sizes of turned boxes) differ from
@@ -63,11 +71,13 @@ class SynthRoomsConfig(NamedTuple):
     seed: int = 0
     num_train: int = 1200
     num_val: int = 312
-    num_views: int = 14  # images fused in style scan
+    num_views: int = 28  # images fused in style scan, at most; a careless walk takes fewer
     camera: CameraConfig | None = None  # None: SCAN_CAMERA or VIEW_CAMERA
-    voxel_size: float = 0.03  # metres; one point per voxel stays (scan), 0 keeps all
+    voxel_size: float = 0.02  # metres; one point per voxel stays (scan), 0 keeps all
     max_points: int = 50000  # a random subset of this size where there are more
     min_object_points: int = 30  # objects with fewer visible points lose their label
+    label_reach: float = 0.04  # metres, how far labels run over edges (scan)
+    label_gaps: float = 0.06  # share of the surface whose label is forgotten (scan)
 
 
 def class_names(style: str) -> tuple[str, ...]:
@@ -184,7 +194,7 @@ def _check_style(style: str, scan, view):
 
 
 def _shell(rng: np.random.Generator, room: Room) -> TriangleMesh:
-    """Walls, floor and skirting; no ceiling, as in hand-held scans."""
+    """Walls, floor, skirting and a ceiling, which the cameras hardly see."""
     mesh = MeshBuilder()
     floor = wood_color(rng) if rng.random() < 0.55 else fabric_color(rng) * 0.9
     low, high = room.outline.min(0), room.outline.max(0)
@@ -192,6 +202,7 @@ def _shell(rng: np.random.Generator, room: Room) -> TriangleMesh:
     paint = (
         WHITE * rng.uniform(0.8, 0.98) if rng.random() < 0.6 else np.clip(paint_color(rng) * 0.5 + 0.4, 0, 1)
     )
+    mesh.box([*low, room.height], [*high, room.height + 0.05], WHITE * 0.95)
     skirting = WHITE * 0.9
     for start, end in zip(room.outline, np.roll(room.outline, -1, 0), strict=True):
         points = np.array([[[*p, z] for p in (start, end)] for z in (0.0, room.height)])
@@ -211,11 +222,14 @@ def _scan(rng, config: SynthRoomsConfig, room: Room, scene: RayScene, owner: np.
         else rng.permutation(len(shot.xyz))
     )
     keep = keep[: config.max_points]
-    angle = rng.normal(0, 0.02)  # aligned by hand: good, not perfect
+    angle = rng.normal(0, 0.03)  # aligned by hand: good, not perfect
     c, s = np.cos(angle), np.sin(angle)
     turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-    xyz = (shot.xyz[keep] @ turn.T + [*rng.normal(0, 0.1, 2), rng.normal(0, 0.015)]).astype(np.float32)
+    xyz = shot.xyz[keep] + _drift(rng, shot.xyz[keep])
+    xyz = (xyz @ turn.T + [*rng.normal(0, 0.1, 2), rng.normal(-0.01, 0.02)]).astype(np.float32)
     point_owner = owner[shot.face[keep]]
+    if config.label_reach > 0 or config.label_gaps > 0:
+        point_owner = smear_labels(xyz, point_owner, rng, config.label_reach, config.label_gaps)
     label = np.array([_SCAN_LABELS.get(class_from_kind(item.kind), -1) for item in room.placements] + [-1])
     counts = np.bincount(point_owner + 1, minlength=len(room.placements) + 1)[1:]
     rows = np.flatnonzero((label[:-1] >= 0) & (counts >= config.min_object_points))
@@ -231,6 +245,14 @@ def _scan(rng, config: SynthRoomsConfig, room: Room, scene: RayScene, owner: np.
         np.zeros(len(rows)),
         label[rows],
     )
+
+
+def _drift(rng: np.random.Generator, xyz: np.ndarray) -> np.ndarray:
+    """Gives the slow wobble of a fused scan: walls bend by a centimetre or two, f32[n, 3] metres."""
+    waves = rng.normal(0, 0.7, (3, 3)).astype(np.float32)  # radians per metre
+    amplitude = rng.normal(0, 0.008, (3, 3)).astype(np.float32)
+    amplitude[:, 2] *= 0.5
+    return np.sin(xyz @ waves + rng.uniform(0, 2 * np.pi, 3).astype(np.float32)) @ amplitude
 
 
 def _view(rng, config: SynthRoomsConfig, room: Room, scene: RayScene, owner: np.ndarray) -> dict:
@@ -294,36 +316,41 @@ def _free_spots(rng: np.random.Generator, room: Room, count: int, low: float, hi
 
 
 def _walk(rng: np.random.Generator, room: Room, views: int) -> list[CameraPose]:
-    """Poses of a walk that looks at every part of the room.
+    """Poses of a walk that looks at most parts of the room, from few places, as somebody with little time does.
 
-    Most views aim at a group of neighbouring objects each, the rest across the room at the floor.
+    Most views aim at a group of neighbouring objects each, the rest across the room; some look up.
     """
-    across = views // 4
-    spots = _free_spots(rng, room, 16, 1.0, 1.8)
-    middles = np.array([item.position + [0, 0, 0.5 * item.size[2]] for item in room.placements])
-    middles = np.concatenate(
-        [middles, np.column_stack([room.outline * 0.9, np.full(len(room.outline), 0.6)])]
-    )
+    views = max(3, round(views * rng.uniform(0.65, 1.0)))
+    across = views // 6
+    spots = _free_spots(rng, room, int(rng.integers(5, 12)), 1.0, 1.8)
+    middles = np.column_stack([room.outline * 0.9, np.full(len(room.outline), 0.9)])
+    for item in room.placements:
+        kind = class_from_kind(item.kind)
+        if kind in _SCAN_LABELS and (kind not in _SELDOM_AIMED_AT or rng.random() < 0.4):
+            middles = np.concatenate([middles, [item.position + [0, 0, 0.5 * item.size[2]]]])
     hub = spots.mean(0)
     around = np.argsort(np.arctan2(*(middles[:, :2] - hub).T[::-1]) + rng.uniform(-0.1, 0.1, len(middles)))
+    upwards = rng.uniform(-0.25, 0.3)  # metres by which this person aims above the objects
     poses = []
     for group in np.array_split(around, views - across):
         if len(group) == 0:
             continue
-        target = middles[group].mean(0) * [1, 1, 0.8] + rng.normal(0, 0.1, 3)
+        target = middles[group].mean(0) + rng.normal(0, 0.15, 3)
+        target[2] = 0.9 * target[2] + upwards + rng.normal(0, 0.2)
         distance = np.hypot(*(spots - target[:2]).T)
-        preferred = np.argsort(np.abs(distance - rng.uniform(1.4, 2.8)))
+        preferred = np.argsort(np.abs(distance - rng.uniform(1.2, 2.6)))
         spot = spots[preferred[int(rng.integers(min(3, len(spots))))]]
-        position = np.array([*spot, rng.uniform(1.35, 1.75)])
+        position = np.array([*spot, rng.uniform(1.3, 1.75)])
         if np.hypot(*(target - position)[:2]) < 0.3:
             target[:2] += 0.5
-        poses.append(look_at(position, target, rng.normal(0, 0.05)))
+        poses.append(look_at(position, target, rng.normal(0, 0.08)))
     for _ in range(across):
         spot = spots[int(rng.integers(len(spots)))]
-        bearing = np.arctan2(*(hub - spot)[::-1]) + rng.normal(0, 0.8)
-        reach = rng.uniform(1.0, 2.5)
-        target = [*(spot + reach * np.array([np.cos(bearing), np.sin(bearing)])), 0.1]
-        poses.append(look_at([*spot, rng.uniform(1.35, 1.75)], target, rng.normal(0, 0.05)))
+        bearing = np.arctan2(*(hub - spot)[::-1]) + rng.normal(0, 0.9)
+        reach = rng.uniform(1.5, 3.0)
+        aim = rng.uniform(0.3, 1.0) if rng.random() < 0.7 else rng.uniform(1.6, 2.4)
+        target = [*(spot + reach * np.array([np.cos(bearing), np.sin(bearing)])), aim]
+        poses.append(look_at([*spot, rng.uniform(1.3, 1.75)], target, rng.normal(0, 0.08)))
     return poses
 
 

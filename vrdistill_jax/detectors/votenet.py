@@ -70,6 +70,7 @@ class VoteNetRaw(NamedTuple):
     clusters: PointSet
     head_channels: Array  # f32[B, Q, 2 + 3 + 2H + 4S + K]
     head: HeadOutput
+    proposal_features: Array  # f32[B, Q, C] what the last layer of the head reads
 
 
 class VoteNet(nn.Module):
@@ -117,24 +118,41 @@ class VoteNet(nn.Module):
         channels = 2 + 3 + 2 * self.num_heading_bins + 4 * len(self.mean_sizes) + self.num_classes
         self.proposal_out = Dense(narrow, channels)
 
-    def __call__(self, points: Points, pyramid: PointPyramid, *, train: bool) -> DetectorOutput:
+    def __call__(
+        self, points: Points, pyramid: PointPyramid, *, train: bool, cluster_index: Array | None = None
+    ) -> DetectorOutput:
         """Detects objects.
 
         Args:
           points: the clouds.
           pyramid: their geometry, built with `pyramid_config`.
           train: batch statistics (written to `batch_stats`) or running ones; also picks the cluster sampling.
+          cluster_index: i32[B, Q] rows of the votes to put clusters at; None samples them.
 
         Returns:
           DetectorOutput with taps "seeds", "votes", "clusters" and a VoteNetRaw.
         """
         backbone = self.backbone(points, pyramid, train=train)
         votes, vote_channels = self._vote(backbone.seeds, train)
-        clusters, cluster_index = self._cluster(backbone.seeds, votes, train)
+        return self._propose(backbone, votes, vote_channels, cluster_index, train)
+
+    def propose_at(self, output: DetectorOutput, cluster_index: Array, *, train: bool) -> DetectorOutput:
+        """Clusters the votes of an earlier pass at other rows: the second half of the network only.
+
+        Args:
+          output: of `__call__` on the same clouds.
+          cluster_index: i32[B, Q] rows of its votes.
+          train: as in `__call__`; the statistics that it writes are those of this pass.
+        """
+        raw = output.raw
+        return self._propose(raw.backbone, raw.votes, raw.vote_channels, cluster_index, train)
+
+    def _propose(self, backbone, votes, vote_channels, cluster_index, train) -> DetectorOutput:
+        clusters, cluster_index = self._cluster(backbone.seeds, votes, cluster_index, train)
         hidden = self.proposal(clusters.features, clusters.mask, train=train)
         head_channels = self.proposal_out(hidden)
         head = split_head(head_channels, clusters.xyz, self.num_heading_bins, len(self.mean_sizes))
-        raw = VoteNetRaw(backbone, vote_channels, votes, cluster_index, clusters, head_channels, head)
+        raw = VoteNetRaw(backbone, vote_channels, votes, cluster_index, clusters, head_channels, head, hidden)
         taps = {"seeds": backbone.seeds, "votes": votes, "clusters": clusters}
         return DetectorOutput(predictions_from_head(head, clusters.mask, self.mean_sizes), taps, raw)
 
@@ -147,14 +165,10 @@ class VoteNet(nn.Module):
             features = features / norm
         return seeds._replace(xyz=seeds.xyz + channels[..., :3], features=features), channels
 
-    def _cluster(self, seeds: PointSet, votes: PointSet, train: bool) -> tuple[PointSet, Array]:
-        sampling = self.cluster_sampling if train else self.cluster_sampling_eval
-        if sampling not in ("vote_fps", "seed_fps"):
-            raise ValueError(f"cluster sampling must be vote_fps or seed_fps, got {sampling!r}")
-        spread = jax.lax.stop_gradient(votes.xyz if sampling == "vote_fps" else seeds.xyz)
-        index = jax.vmap(lambda xyz, mask: sample_farthest_points(xyz, self.num_proposals, mask))(
-            spread, votes.mask
-        )
+    def _cluster(
+        self, seeds: PointSet, votes: PointSet, index: Array | None, train: bool
+    ) -> tuple[PointSet, Array]:
+        index = self._sample_clusters(seeds, votes, train) if index is None else index
         center, mask = gather_rows(votes.xyz, index), gather_rows(votes.mask, index)
         radius, count = self.aggregation_radius, self.aggregation_neighbors
         neighbors = jax.vmap(lambda at, xyz, mask: query_ball(at, xyz, radius, count, mask))(
@@ -164,6 +178,15 @@ class VoteNet(nn.Module):
         level = PyramidLevel(center, mask, index, source_index, neighbors)
         features = self.aggregation(votes.xyz, votes.features, level, train=train)
         return PointSet(center, features, mask, source_index), index
+
+    def _sample_clusters(self, seeds: PointSet, votes: PointSet, train: bool) -> Array:
+        sampling = self.cluster_sampling if train else self.cluster_sampling_eval
+        if sampling not in ("vote_fps", "seed_fps"):
+            raise ValueError(f"cluster sampling must be vote_fps or seed_fps, got {sampling!r}")
+        spread = jax.lax.stop_gradient(votes.xyz if sampling == "vote_fps" else seeds.xyz)
+        return jax.vmap(lambda xyz, mask: sample_farthest_points(xyz, self.num_proposals, mask))(
+            spread, votes.mask
+        )
 
 
 def default_config(class_names, mean_sizes, oriented: bool) -> ConfigDict:

@@ -1,15 +1,42 @@
 """Distillers: what a student learns from a teacher besides the labels; one file each, beside the paper it implements.
 
 A distiller is a module with
-  build(config, student, teacher) -> nn.Module     `config` is one entry of config.distiller.methods; `student` and
-                                                   `teacher` are the two config.detector sections
+  default_config() -> ConfigDict                   its entry of config.distiller.methods, with every knob
+  build(config, student, teacher, axis_name=None) -> nn.Module
+                                                   `config` is that entry; `student` and `teacher` are the two
+                                                   config.detector sections; axis_name is the device axis of means
   NEEDS_ALIGNED: bool                              whether it compares proposals one by one and therefore needs the
                                                    student's proposals at the teacher's clusters
 whose network is called as
   module.apply({"params": ...}, student, teacher, scene, aligned=..., train=..., rngs={"distiller": key})
       -> (total, terms)
 with `student` and `teacher` DetectorOutputs of the same clouds (the teacher's under stop_gradient), `aligned` the student's
-DetectorOutput with the teacher's cluster indices (None unless NEEDS_ALIGNED), total a scalar and terms a dict of scalars.
-Learnable parts (alignment, refinement, generators) live in params["distiller"] of the training state, and are dropped at
-test time.
+DetectorOutput with the teacher's cluster indices (None unless NEEDS_ALIGNED), total a scalar (the entry's weight in it) and
+terms a dict of scalars. Learnable parts (alignment, refinement, generators) live in state.distiller.params of the training
+state, and are dropped at test time.
 """
+
+from types import ModuleType
+
+from vrdistill_jax.distillers import fgd, itkd, mgd, pgd, seed, sparsekd, vrdistill
+
+DISTILLERS: dict[str, ModuleType] = {
+    "vrdistill": vrdistill,
+    "seed": seed,
+    "fgd": fgd,
+    "mgd": mgd,
+    "pgd": pgd,
+    "itkd": itkd,
+    "sparsekd": sparsekd,
+}
+
+
+def find_distiller(name: str) -> ModuleType:
+    """Returns the module of a distiller.
+
+    Raises:
+      ValueError: listing the known names.
+    """
+    if name not in DISTILLERS:
+        raise ValueError(f"unknown distiller {name!r}; known: {', '.join(sorted(DISTILLERS))}")
+    return DISTILLERS[name]

@@ -19,12 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from vrdistill_jax.data.point_tables import printable
+
 MAX_OPCODES = (
     4_000_000  # the largest optimiser states have some 100,000; each costs at most a few hundred bytes
 )
 COPY_ALLOWANCE = 1 << 26  # bytes that constructors may copy beyond a multiple of the pickle's own size
 MAX_ELEMENTS = 1 << 48
 SLOT_BYTES = 64  # what one element of a container costs, roughly
+_ARGUMENT_BYTES = 16  # what an argument of a call counts for, however small
+_LARGEST_KEY_BITS = 256  # hashing a wide integer takes time each time
 
 _PUSHED = frozenset(
     ["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"]
@@ -42,14 +46,20 @@ _REMEDY = (
 class CheckpointFileError(ValueError):
     """The file is damaged, incomplete or no checkpoint of a known format."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
 
 class UnsafeCheckpointError(ValueError):
     """The file asks for code that a checkpoint of weights does not need."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
     @classmethod
     def naming(cls, what: str) -> "UnsafeCheckpointError":
         """The error for a class, function or opcode that is not on the list."""
-        return cls(f"the checkpoint asks for {what}, which is not on the list of harmless types; {_REMEDY}")
+        return cls(f"the checkpoint asks for {printable(what, 400)}, which is not on the list of harmless types; {_REMEDY}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +130,7 @@ def read_pickle(
         raise
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise CheckpointFileError(
-            f"the checkpoint's pickle is damaged or incomplete ({error}); copy or download it again"
+            f"the checkpoint's pickle is damaged or incomplete ({printable(str(error), 300)}); copy or download it again"
         ) from error
     raise CheckpointFileError("the checkpoint's pickle ends without a STOP; copy or download it again")
 
@@ -235,6 +245,7 @@ class _Machine:
 
     def _charge(self, arguments: tuple) -> None:
         """Counts what a constructor may copy: one remembered list could else be copied a million times."""
+        self.copy_budget -= _ARGUMENT_BYTES * len(arguments)
         for argument in arguments:
             if isinstance(argument, (str, bytes, bytearray)):
                 self.copy_budget -= len(argument)
@@ -261,6 +272,8 @@ def _key(value: Any) -> Any:
     """A plain key; nested tuples could take exponential time to hash."""
     if value is not None and type(value) not in (str, int, float, bool, bytes):
         raise TypeError(f"a {type(value).__name__} as a key")
+    if type(value) is int and value.bit_length() > _LARGEST_KEY_BITS:
+        raise TypeError(f"an integer of {value.bit_length()} bits as a key")
     return value
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from vrdistill_jax.data.hdf5_files import HDF5_ERRORS, HDF5Walk
+from vrdistill_jax.data.point_tables import printable
 from vrdistill_jax.interop.name_map import Rule, Variables, map_tensors
 from vrdistill_jax.interop.torch_votenet import configure_from_shapes, votenet_config
 
@@ -24,6 +26,7 @@ _ORDER = (
     ("proposal", 2),
     ("proposal_out", 0),
 )
+_MAX_DEPTH = 12  # of groups
 _NORM_LEAVES = (
     ("gamma", "params", "scale"),
     ("beta", "params", "bias"),
@@ -36,25 +39,32 @@ def read_keras_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the arrays of a Keras weight file as {"conv2d_1/kernel": array, ...}.
 
     Raises:
-      ValueError: if h5py is not installed or the file is no HDF5 file.
+      ValueError: if h5py is not installed, or the file is missing, damaged, no HDF5 file, or refers to others.
     """
+    path = pathlib.Path(path)
     try:
         import h5py
     except ImportError as error:
         raise ValueError("reading Keras weights needs h5py: pip install 'vrdistill-jax[keras]'") from error
     tensors: dict[str, np.ndarray] = {}
 
-    def collect(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            layer, _, leaf = name.rpartition("/")
-            tensors[f"{layer.rpartition('/')[2]}/{leaf.partition(':')[0]}"] = item[()]
+    def collect(group: Any, layer: str, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"its groups are nested more than {_MAX_DEPTH} deep")
+        for name, item in walk.members(group).items():
+            if isinstance(item, h5py.Group):
+                collect(item, name, depth + 1)
+            elif isinstance(item, h5py.Dataset):
+                tensors[f"{layer}/{name.partition(':')[0]}"] = walk.read(item)
 
     try:
+        walk = HDF5Walk(path.stat().st_size)
         with h5py.File(path, "r") as file:
-            file.visititems(collect)
-    except OSError as error:
+            collect(file, "", 0)
+    except HDF5_ERRORS as error:
+        reason = printable(str(error), 300)
         raise ValueError(
-            f"{path} cannot be read as an HDF5 file ({error}); copy or download it again"
+            f"{path} cannot be read as an HDF5 file ({reason}); copy or download it again"
         ) from error
     return tensors
 

@@ -4,12 +4,14 @@ import io
 import lzma
 import math
 import pathlib
+import struct
 import zipfile
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from vrdistill_jax.data.point_tables import expansion_limit, printable
 from vrdistill_jax.interop.inert_pickle import (
     CheckpointFileError,
     Constant,
@@ -23,6 +25,7 @@ from vrdistill_jax.interop.inert_pickle import (
 __all__ = ["CheckpointFileError", "UnsafeCheckpointError", "read_torch_file"]
 
 MAX_DECOMPRESSED_BYTES = 4 << 30
+MAX_XZ_DICTIONARY_BYTES = 1 << 28  # xz -9 needs 2^26
 MAX_PICKLE_BYTES = 64 << 20  # data.pkl holds names and shapes, not weights
 MAX_EXPANDED_ELEMENTS = 1 << 24  # a tensor expanded by stride 0 may be larger than its storage, up to this
 
@@ -48,6 +51,7 @@ class _Storage(NamedTuple):
     """The flat memory that tensors are views of; `array` is None while only the names are collected."""
 
     array: np.ndarray | None
+    decoded: dict[str, np.ndarray] | None = None  # an untyped storage as numbers, by type: each is decoded once
 
 
 class _StorageName(NamedTuple):
@@ -74,12 +78,14 @@ def read_torch_file(path: str | pathlib.Path) -> Any:
 
     Raises:
       UnsafeCheckpointError: if the file asks for any class or function that weights do not need.
-      CheckpointFileError: if the file is damaged, truncated, or of another format.
+      CheckpointFileError: if the file is missing, damaged, truncated, or of another format.
     """
     path = pathlib.Path(path)
-    with path.open("rb") as file:
-        head = file.read(512)
     try:
+        if not path.is_file():
+            raise CheckpointFileError("it is no file" if path.exists() else "it does not exist")
+        with path.open("rb") as file:
+            head = file.read(512)
         if head.startswith(_XZ_MAGIC):
             data = _decompress(path)
             return (
@@ -99,10 +105,13 @@ def read_torch_file(path: str | pathlib.Path) -> Any:
         return _read_legacy(path.read_bytes())
     except (CheckpointFileError, UnsafeCheckpointError) as error:
         raise type(error)(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointFileError(f"{path}: it cannot be read ({error.strerror or error})") from error
 
 
 def _decompress(path: pathlib.Path) -> bytes:
-    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 30)
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_DICTIONARY_BYTES)
+    limit = min(MAX_DECOMPRESSED_BYTES, expansion_limit(path.stat().st_size))
     parts, total = [], 0
     with path.open("rb") as file:
         try:
@@ -112,9 +121,9 @@ def _decompress(path: pathlib.Path) -> bytes:
                     raise CheckpointFileError("its xz compression ends early; copy or download it again")
                 parts.append(decompressor.decompress(block, max_length=1 << 24))
                 total += len(parts[-1])
-                if total > MAX_DECOMPRESSED_BYTES:
+                if total > limit:
                     raise CheckpointFileError(
-                        f"it unpacks to more than {MAX_DECOMPRESSED_BYTES} bytes; unpack it with xz yourself"
+                        f"it unpacks to more than {limit} bytes; unpack it with xz yourself"
                     )
         except lzma.LZMAError as error:
             raise CheckpointFileError(
@@ -127,16 +136,14 @@ def _read_zip(file: Any, size: int) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
             return _read_archive(archive, size)
+    except (CheckpointFileError, UnsafeCheckpointError):
+        raise
     except (
-        zipfile.BadZipFile,
-        EOFError,
-        NotImplementedError,
-        OSError,
-        OverflowError,
-        UnicodeDecodeError,
+        *(zipfile.BadZipFile, EOFError, NotImplementedError, OSError, OverflowError, RuntimeError),
+        *(ValueError, KeyError, struct.error),
     ) as error:
         raise CheckpointFileError(
-            f"its zip archive is damaged or incomplete ({error}); copy or download it again"
+            f"its zip archive is damaged or incomplete ({printable(str(error), 200)}); copy or download it again"
         ) from error
 
 
@@ -178,7 +185,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
             loaded[wanted.key] = (
                 wanted.kind,
                 wanted.size,
-                _Storage(_decode(archive.read(name), wanted.kind, order)),
+                _Storage(_decode(archive.read(name), wanted.kind, order), {}),
             )
         return _known_storage(loaded, wanted)
 
@@ -231,7 +238,7 @@ def _read_legacy(data: bytes) -> Any:
         loaded[key] = (
             wanted[key].kind,
             count,
-            _Storage(_decode(data[position + 8 : end], wanted[key].kind, order)),
+            _Storage(_decode(data[position + 8 : end], wanted[key].kind, order), {}),
         )
         position = end
     stream.seek(start)
@@ -364,7 +371,11 @@ def _rebuild_untyped(
     if storage.array is not None:
         if storage.array.size % _item_bytes(kind):
             raise CheckpointFileError("one of its tensors has a storage of a fraction of an element")
-        storage = _Storage(_decode(storage.array.tobytes(), kind, "<"))
+        if storage.decoded is None:
+            raise CheckpointFileError("one of its tensors gives another type to a part of a storage")
+        if kind not in storage.decoded:
+            storage.decoded[kind] = _decode(storage.array.tobytes(), kind, "<")
+        storage = _Storage(storage.decoded[kind])
     return _tensor(storage, offset, shape, stride)
 
 

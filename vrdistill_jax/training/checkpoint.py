@@ -2,7 +2,8 @@
 
     DIR/checkpoints/<step>/variables   {"params", "batch_stats"}: enough for inference, with ...
                           /config      the whole config as JSON (architecture, class names, mean sizes)
-                          /training    step and optimiser state (absent in a checkpoint made for inference)
+                          /training    step, optimiser state and what distillers learn (absent in a checkpoint made for
+                                       inference)
                           /metrics     what "best" is judged by, where the step was evaluated
 
 Leaves are saved as NumPy arrays, so that they restore on any number and kind of devices without knowing the tree. Orbax
@@ -52,7 +53,7 @@ class RunCheckpoints:
         state = jax.tree.map(np.asarray, state)
         items = ocp.args.Composite(
             variables=ocp.args.StandardSave(state.variables),
-            training=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+            training=ocp.args.StandardSave(_training_items(state)),
             config=ocp.args.JsonSave(json.loads(self._config.to_json())),
         )
         with _quiet():
@@ -65,10 +66,9 @@ class RunCheckpoints:
     def restore(self, template: TrainState) -> TrainState:
         """Reads the newest checkpoint into the shape of `template` (a freshly initialised state)."""
         template = jax.tree.map(np.asarray, template)
-        training = {"step": template.step, "opt_state": template.opt_state}
         items = ocp.args.Composite(
             variables=ocp.args.StandardRestore(template.variables),
-            training=ocp.args.StandardRestore(training),
+            training=ocp.args.StandardRestore(_training_items(template)),
         )
         read = self._manager.restore(self._manager.latest_step(), args=items)
         return TrainState(
@@ -76,7 +76,14 @@ class RunCheckpoints:
             read.variables["params"],
             read.variables["batch_stats"],
             read.training["opt_state"],
+            read.training.get("distiller"),
         )
+
+
+def _training_items(state: TrainState) -> dict[str, Any]:
+    """What only the continuation of the run needs."""
+    items = {"step": state.step, "opt_state": state.opt_state}
+    return items if state.distiller is None else items | {"distiller": state.distiller}
 
 
 def check_same_config(workdir: str | pathlib.Path, config: ConfigDict) -> None:

@@ -13,21 +13,23 @@ import jax
 AXIS = "devices"
 
 
-def map_train_step(step: Callable, devices: list | None = None) -> Callable:
+def map_train_step(step: Callable, devices: list | None = None, num_constants: int = 0) -> Callable:
     """Runs a per-device train step on all devices at once.
 
     Args:
-      step: step(state, batch, key), built with axis_name=AXIS.
+      step: step(state, batch, key, *constants), built with axis_name=AXIS.
       devices: the devices to use; None for all.
+      num_constants: how many further arguments, the same on all devices, the step takes (a teacher's weights).
 
     Returns:
       The same function of a whole batch; the leading axis of each array in it must divide by the number of devices.
     """
+    in_axes = (None, 0, None, *[None] * num_constants)
     mapped = jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=(0,), devices=devices
+        step, axis_name=AXIS, in_axes=in_axes, out_axes=None, donate_argnums=(0,), devices=devices
     )
     count = len(devices) if devices is not None else jax.local_device_count()
-    return lambda state, batch, key: mapped(state, split_batch(batch, count), key)
+    return lambda state, batch, key, *constants: mapped(state, split_batch(batch, count), key, *constants)
 
 
 def split_batch(batch: Any, count: int) -> Any:

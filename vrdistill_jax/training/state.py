@@ -17,6 +17,13 @@ class Batch(NamedTuple):
     pyramid: PointPyramid
 
 
+class DistillerState(NamedTuple):
+    """The learnable parts of the distillers, which inference does without, and their own optimiser's state."""
+
+    params: dict  # by name of the method
+    opt_state: Any
+
+
 class TrainState(NamedTuple):
     """Everything that a checkpoint of a run holds besides its config."""
 
@@ -24,6 +31,7 @@ class TrainState(NamedTuple):
     params: dict
     batch_stats: dict
     opt_state: Any
+    distiller: DistillerState | None = None  # None without distillation
 
     @property
     def variables(self) -> dict:

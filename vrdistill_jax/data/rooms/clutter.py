@@ -37,7 +37,17 @@ CLUTTER_SIZES: dict[str, tuple[float, float, float, float]] = {
     "pan": (0.24, 0.38, 0.08, 0.10),
     "radiator": (0.12, 0.90, 0.58, 0.12),
     "towel": (0.06, 0.50, 0.70, 0.12),
-    "ottoman": (0.50, 0.60, 0.42, 0.10),
+    "ottoman": (0.50, 0.58, 0.45, 0.20),
+    "hamper": (0.42, 0.50, 0.60, 0.20),
+    "pile": (0.45, 0.60, 0.28, 0.35),
+    "clothes": (0.20, 0.55, 1.00, 0.25),
+    "column": (0.35, 0.40, 2.30, 0.20),
+    "pipes": (0.10, 0.25, 2.20, 0.20),
+    "wall_shelf": (0.26, 0.90, 0.35, 0.25),
+    "panel": (0.06, 0.80, 0.70, 0.40),
+    "printer": (0.42, 0.46, 0.30, 0.20),
+    "ledge": (0.20, 1.80, 0.35, 0.35),
+    "rack": (0.45, 0.75, 1.30, 0.25),
 }
 
 
@@ -208,6 +218,79 @@ def _ottoman(mesh, rng, d, w, h) -> None:
             mesh.cylinder([x, y, 0], [x, y, 0.1], 0.025, DARK, sides=6)
     mesh.box([-d / 2, -w / 2, 0.08], [d / 2, w / 2, 0.75 * h], cloth)
     mesh.ellipsoid([0, 0, 0.75 * h], [d / 2, w / 2, 0.25 * h], cloth * 1.05, 4, 10, lowest=0.0)
+
+
+def _hamper(mesh, rng, d, w, h) -> None:
+    _basket(mesh, rng, min(d, w), min(d, w), h)
+
+
+def _pile(mesh, rng, d, w, h) -> None:
+    """A heap of things or clothes, of no shape."""
+    for _ in range(int(rng.integers(4, 9))):
+        x, y, size = rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3), rng.uniform(0.12, 0.3)
+        color, top = rng.uniform(0.08, 0.85, 3), rng.uniform(0.3, 1.0) * h
+        if rng.random() < 0.5:
+            mesh.ellipsoid([x * d, y * w, 0], [size * d, size * w, top], color, 4, 7, lowest=0.0)
+        else:
+            mesh.box([(x - size) * d, (y - size) * w, 0], [(x + size) * d, (y + size) * w, top], color)
+
+
+def _clothes(mesh, rng, d, w, h) -> None:
+    """Coats and bags on a rail."""
+    mesh.box([-d / 2, -w / 2, 0.92 * h], [-0.35 * d, w / 2, h], wood_color(rng))
+    for y in np.linspace(-0.38, 0.38, int(rng.integers(2, 5))) * w:
+        length, wide = rng.uniform(0.4, 1.0) * 0.45 * h, rng.uniform(0.12, 0.2) * w
+        mesh.ellipsoid([0, y, 0.95 * h - length], [0.5 * d, wide, length], fabric_color(rng), 5, 8)
+
+
+def _column(mesh, rng, d, w, h) -> None:
+    mesh.box([-d / 2, -w / 2, 0], [d / 2, w / 2, h], WHITE * rng.uniform(0.6, 0.95))
+
+
+def _pipes(mesh, rng, d, w, h) -> None:
+    for y in np.linspace(-0.4, 0.4, int(rng.integers(2, 4))) * w:
+        mesh.cylinder([0, y, 0], [0, y, h], 0.4 * d, WHITE * rng.uniform(0.5, 0.95), sides=7)
+
+
+def _wall_shelf(mesh, rng, d, w, h) -> None:
+    mesh.box([-d / 2, -w / 2, 0], [d / 2, w / 2, 0.03], wood_color(rng))
+    for _ in range(int(rng.integers(2, 7))):
+        y, wide, deep = rng.uniform(-0.45, 0.4) * w, rng.uniform(0.05, 0.25), rng.uniform(0.3, 0.9)
+        high = [(deep - 0.5) * d, min(y + wide, w / 2), rng.uniform(0.3, 1.0) * h]
+        mesh.box([-d / 2, y, 0.03], high, rng.uniform(0.1, 0.9, 3))
+
+
+def _panel(mesh, rng, d, w, h) -> None:
+    """Notice boards, fuse boxes, thermostats, calendars."""
+    mesh.box([-d / 2, -w / 2, 0], [d / 4, w / 2, h], paint_color(rng), absorption=rng.uniform(0, 0.4))
+    for _ in range(int(rng.integers(0, 4))):
+        y, z = rng.uniform(-0.4, 0.3) * w, rng.uniform(0.1, 0.8) * h
+        mesh.box([0, y, z], [d / 2, y + 0.12 * w, z + 0.12 * h], rng.uniform(0.1, 0.9, 3))
+
+
+def _printer(mesh, rng, d, w, h) -> None:
+    color = WHITE * rng.uniform(0.5, 0.95) if rng.random() < 0.6 else DARK
+    mesh.box([-d / 2, -w / 2, 0], [d / 2, w / 2, 0.7 * h], color)
+    mesh.box([-d / 2, -0.45 * w, 0.7 * h], [rng.uniform(0.0, 0.5) * d, 0.45 * w, h], color * 0.9)
+
+
+def _ledge(mesh, rng, d, w, h) -> None:
+    """A boxed-in pipe or heater, or a step of the wall."""
+    mesh.box([-d / 2, -w / 2, 0], [d / 2, w / 2, h], WHITE * rng.uniform(0.5, 0.95))
+
+
+def _rack(mesh, rng, d, w, h) -> None:
+    """A frame on posts with things in it: carts, drying racks, shoe racks."""
+    for x in (-d / 2, d / 2 - 0.03):
+        for y in (-w / 2, w / 2 - 0.03):
+            mesh.box([x, y, 0], [x + 0.03, y + 0.03, h], STEEL * 0.7)
+    for z in np.linspace(0.1, h - 0.04, int(rng.integers(2, 5))):
+        mesh.box([-d / 2, -w / 2, z], [d / 2, w / 2, z + 0.02], STEEL * 0.8)
+        if z < 0.8 * h and rng.random() < 0.7:
+            y, wide = rng.uniform(-0.4, 0.0) * w, rng.uniform(0.2, 0.4) * w
+            mesh.box(
+                [-0.4 * d, y, z], [0.4 * d, y + wide, z + rng.uniform(0.1, 0.2) * h], rng.uniform(0.1, 0.9, 3)
+            )
 
 
 CLUTTER_BUILDERS = {name: globals()[f"_{name}"] for name in CLUTTER_SIZES}

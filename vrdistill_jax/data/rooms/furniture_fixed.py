@@ -79,6 +79,7 @@ def build_door(mesh, rng, d, w, h, kind="closed") -> None:
     color = wood_color(rng) if rng.random() < 0.5 else paint_color(rng)
     leaves = 2 if kind == "double" else 1
     frame = 0.0 if kind == "open" else 0.07
+    absorption = rng.uniform(0.3, 0.9) if rng.random() < 0.35 else 0.0  # dark, glazed or half a gap
     if frame:
         trim = WHITE * 0.92 if rng.random() < 0.6 else color * 0.8
         for y in (-w / 2, w / 2 - frame):
@@ -87,9 +88,9 @@ def build_door(mesh, rng, d, w, h, kind="closed") -> None:
     edges = np.linspace(-w / 2 + frame, w / 2 - frame, leaves + 1)
     style = rng.integers(3)
     for k, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        mesh.box([-0.45 * d, low, 0.005], [-0.05 * d, high, h - frame], color)
+        mesh.box([-0.45 * d, low, 0.005], [-0.05 * d, high, h - frame], color, absorption)
         for y0, y1, z0, z1 in _door_panels(style, low, high, h):
-            mesh.box([-0.05 * d, y0, z0], [0.1 * d, y1, z1], color * 0.92)
+            mesh.box([-0.05 * d, y0, z0], [0.1 * d, y1, z1], color * 0.92, absorption)
         y = high - 0.08 if k == 0 else low + 0.08
         for side in (-1, 1) if kind == "open" else (1,):
             mesh.ellipsoid([side * d * 0.45 * 0.8, y, 1.0], [max(0.1 * d, 0.02), 0.035, 0.035], STEEL, 4, 6)
@@ -108,9 +109,10 @@ def _door_panels(style, low, high, h):
 
 
 def build_window(mesh, rng, d, w, h) -> None:
-    """A frame with bars, panes that return almost nothing, and a sill."""
+    """A frame with bars, panes that return almost nothing or blinds, and a sill."""
     color = WHITE * rng.uniform(0.8, 1.0) if rng.random() < 0.75 else wood_color(rng)
     t, front = rng.uniform(0.05, 0.09), -0.1 * d
+    pane = 0.85 if rng.random() < 0.65 else rng.uniform(0.0, 0.6)  # the rest has drawn blinds
     for y in (-w / 2, w / 2 - t):
         mesh.box([-d / 2, y, 0], [front, y + t, h], color)
     for z in (0.0, h - t):
@@ -120,7 +122,7 @@ def build_window(mesh, rng, d, w, h) -> None:
         mesh.box([-d / 2, y - t / 3, 0], [-0.2 * d, y + t / 3, h], color)
     for z in np.linspace(0, h, rows + 1)[1:-1]:
         mesh.box([-d / 2, -w / 2, z - t / 3], [-0.2 * d, w / 2, z + t / 3], color)
-    mesh.box([-d / 2, -w / 2 + t, t], [-0.4 * d, w / 2 - t, h - t], (0.75, 0.85, 0.95), absorption=0.85)
+    mesh.box([-d / 2, -w / 2 + t, t], [-0.4 * d, w / 2 - t, h - t], (0.75, 0.85, 0.95), pane)
     mesh.box([-d / 2, -w / 2, 0], [d / 2, w / 2, 0.035], color)
 
 
@@ -137,7 +139,8 @@ def build_picture(mesh, rng, d, w, h) -> None:
     )
     tint = rng.uniform(0.1, 0.9, 3)
     patches = np.clip(tint + rng.normal(0, 0.2, (rows * columns, 3)), 0, 1).astype(np.float32)
-    mesh.sheet(np.stack([np.full_like(y, 0.1 * d), y, z], -1), np.concatenate([patches, patches]))
+    glass = rng.uniform(0.0, 0.8) if rng.random() < 0.7 else 0.0
+    mesh.sheet(np.stack([np.full_like(y, 0.1 * d), y, z], -1), np.concatenate([patches, patches]), glass)
 
 
 def build_counter(mesh, rng, d, w, h, corner=False, hole=None) -> None:
@@ -165,6 +168,7 @@ def build_curtain(mesh, rng, d, w, h, rings=False) -> None:
     """A hanging cloth in folds, in one or two halves, on a rod."""
     color = paint_color(rng) if rings or rng.random() < 0.4 else fabric_color(rng)
     gap = rng.uniform(0.1, 0.5) * w if not rings and rng.random() < 0.4 else 0.0
+    sheer = rng.uniform(0.2, 0.7) if rng.random() < 0.5 else 0.0
     halves = [(-w / 2, -gap / 2), (gap / 2, w / 2)] if gap else [(-w / 2, w / 2)]
     for y0, y1 in halves:
         folds = max(2.0, (y1 - y0) / rng.uniform(0.12, 0.2))
@@ -173,7 +177,7 @@ def build_curtain(mesh, rng, d, w, h, rings=False) -> None:
         wave = np.sin(2 * np.pi * folds * s + rng.uniform(0, 6)) * (1 - 0.4 * v)
         x = d / 2 * np.clip(wave + 0.3 * np.sin(3 * s + rng.uniform(0, 6)), -1, 1)
         y = y0 + s * (y1 - y0) + 0.0 * v
-        mesh.sheet(np.stack([x, y, (h - 0.03) * v + 0.0 * s], -1), color)
+        mesh.sheet(np.stack([x, y, (h - 0.03) * v + 0.0 * s], -1), color, sheer)
     if rings:
         for y in np.linspace(-w / 2, w / 2, 5):
             mesh.cylinder([0, y, h - 0.05], [0, y + 0.01, h - 0.01], 0.02, STEEL, sides=6)

@@ -12,8 +12,8 @@ TABLE_CLUTTER = ("book_pile", "cup", "bottle", "bowl", "laptop", "table_lamp")
 def place_openings(planner: RoomPlanner, kind: str) -> None:
     """Doors with free floor before them, and windows with or without curtains."""
     rng = planner.rng
-    for _ in range(1 + (rng.random() < (0.1 if kind == "bathroom" else 0.35))):
-        style = str(rng.choice(["door:closed", "door:open", "door:double"], p=[0.66, 0.22, 0.12]))
+    for _ in range(1 + min(4, rng.poisson(0.25 if kind == "bathroom" else 1.0))):
+        style = str(rng.choice(["door:closed", "door:open", "door:double"], p=[0.56, 0.32, 0.12]))
         if kind == "bathroom" and style == "door:double":
             style = "door:closed"
         if style == "door:open":
@@ -23,12 +23,12 @@ def place_openings(planner: RoomPlanner, kind: str) -> None:
         if row is not None:
             door = planner.placements[row]
             _keep_free(planner, door, 0.75)
-    windows = {"bathroom": 0.35, "storage": 0.35}.get(kind, 1.05)
+    windows = {"bathroom": 0.35, "storage": 0.5}.get(kind, 1.45)
     for _ in range(rng.poisson(windows)):
         size = planner.size("window")
         if kind == "bathroom":
             size = size * np.array([1, 0.6, 0.75], np.float32)
-        bottom = float(np.clip(rng.normal(0.95, 0.15), 0.5, planner.height - size[2] - 0.1))
+        bottom = float(np.clip(rng.normal(0.95, 0.3), 0.3, max(planner.height - size[2] - 0.1, 0.3)))
         row = planner.against_wall("window", size, z=bottom, gap=(0.0, 0.0), corner=0.0)
         if row is not None and rng.random() < (0.3 if kind == "office" else 0.6):
             _hang_curtain(planner, row)
@@ -53,7 +53,7 @@ def _open_door(planner: RoomPlanner) -> None:
     if wall.length < width + 0.5:
         return
     hinge = wall.start + rng.uniform(0.15, wall.length - width - 0.1) * wall.direction + 0.08 * wall.normal
-    angle = rng.uniform(0.9, 1.65)  # from closed
+    angle = rng.uniform(0.35, 1.75)  # from closed
     base = np.arctan2(wall.direction[1], wall.direction[0])
     leaf = base - angle  # the wall runs clockwise, so the room is on the right of its direction
     xy = hinge + width / 2 * np.array([np.cos(leaf), np.sin(leaf)])
@@ -65,11 +65,12 @@ def _open_door(planner: RoomPlanner) -> None:
 
 def _hang_curtain(planner: RoomPlanner, window: int) -> None:
     """A curtain before a window."""
+    rng = planner.rng
     size = planner.size("curtain")
     base = planner.placements[window]
     size[1] = min(float(size[1]) * 0.6 + 0.55 * float(base.size[1]), 3.2)
     top = min(float(base.position[2] + base.size[2]) + 0.15, planner.height - 0.05)
-    size[2] = min(size[2], top - 0.03)
+    size[2] = min(size[2], top - 0.03) if rng.random() < 0.6 else top - rng.uniform(0.03, 0.2)
     x = float(base.size[0] + size[0]) / 2 + 0.01
     planner.relative(window, "curtain", [x, 0.0, top - float(size[2]) - float(base.position[2])], 0.0, size)
 
@@ -78,16 +79,16 @@ def place_chairs_around(planner: RoomPlanner, table: int, count: int, kind: str)
     """Chairs along the sides of a table, tucked in, pulled out or turned."""
     rng = planner.rng
     d, w, _ = (float(v) for v in planner.placements[table].size)
-    slots = [(side, y) for side in (0.0, np.pi) for y in _spread(w, 0.72)]
+    slots = [(side, y) for side in (0.0, np.pi) for y in _spread(w, 0.66)]
     slots += [(side, y) for side in (np.pi / 2, -np.pi / 2) for y in _spread(d, 0.8)]
     chair = planner.size(kind)
     for row in rng.permutation(len(slots))[:count]:
         side, offset = slots[row]
         half = d / 2 if abs(np.sin(side)) < 0.5 else w / 2
-        pull = rng.uniform(-0.12, 0.12) if rng.random() < 0.75 else rng.uniform(0.12, 0.45)
+        pull = rng.uniform(-0.18, 0.12) if rng.random() < 0.7 else rng.uniform(0.12, 0.45)
         reach = half + float(chair[0]) / 2 + pull
         x, y = np.cos(side) * reach - np.sin(side) * offset, np.sin(side) * reach + np.cos(side) * offset
-        turn = rng.uniform(-np.pi, np.pi) if rng.random() < 0.08 else rng.normal(0, 0.12)
+        turn = rng.uniform(-np.pi, np.pi) if rng.random() < 0.12 else rng.normal(0, 0.15)
         size = chair * rng.uniform(0.98, 1.02, 3).astype(np.float32)
         planner.relative(
             table, kind, [x, y, 0.0], side + np.pi + turn, size, ignore=(table,) if abs(turn) < 0.4 else ()
@@ -114,16 +115,67 @@ def hang_pictures(planner: RoomPlanner, mean: float) -> None:
     for _ in range(rng.poisson(mean)):
         size = planner.size("picture")
         top = planner.height - float(size[2]) - 0.1
-        planner.against_wall("picture", size, z=min(rng.uniform(1.1, 1.5), top), gap=(0.0, 0.005), corner=0.0)
+        planner.against_wall(
+            "picture", size, z=min(rng.uniform(1.0, 1.75), top), gap=(0.0, 0.005), corner=0.0
+        )
 
 
 def place_bins(planner: RoomPlanner, chance: float) -> None:
     """Stands garbage bins along the walls: none, one or several."""
     rng = planner.rng
     while rng.random() < chance:
-        style = str(rng.choice(["office", "recycle", "pedal", "wheelie"], p=[0.35, 0.35, 0.2, 0.1]))
-        planner.against_wall(f"garbage_bin:{style}", gap=(0.0, 0.1), turn=0.12, corner=0.4)
-        chance *= 0.45
+        stand_bin(planner)
+        chance *= 0.75
+
+
+def stand_bin(planner: RoomPlanner) -> None:
+    """Stands a garbage bin beside a desk, a table, a cabinet or another bin, else at a wall."""
+    rng = planner.rng
+    styles = ["office", "small", "recycle", "pedal", "wheelie"]
+    kind = "garbage_bin:" + str(rng.choice(styles, p=[0.28, 0.22, 0.27, 0.15, 0.08]))
+    if rng.random() < 0.6:
+        hosts = ("desk", "table", "cabinet", "counter", "garbage_bin", "toilet")
+        if place_beside(planner, kind, hosts) is not None:
+            return
+    planner.against_wall(kind, gap=(0.0, 0.1), turn=0.2, corner=0.4)
+
+
+def place_beside(planner: RoomPlanner, kind: str, hosts=None, tries: int = 3) -> int | None:
+    """Stands a thing on the floor right beside one already placed, touching it or nearly so.
+
+    Args:
+      planner: the room.
+      kind: key of `FURNITURE_SIZES`.
+      hosts: classes of objects that it may stand beside, or None for any on the floor.
+      tries: places tried before giving up.
+
+    Returns:
+      Its row of `placements`, or None.
+    """
+    rng = planner.rng
+    rows = [
+        row
+        for row, item in enumerate(planner.placements)
+        if (hosts is None or item.kind.startswith(hosts)) and item.size[2] > 0.1 and item.position[2] < 1.0
+    ]
+    if not rows:
+        return None
+    size = planner.size(kind)
+    for _ in range(tries):
+        anchor = rows[int(rng.integers(len(rows)))]
+        base = planner.placements[anchor]
+        d, w = float(base.size[0]), float(base.size[1])
+        gap = 0.006 + max(0.0, rng.normal(0.0, 0.06))
+        if rng.random() < 0.65:  # at its side
+            back = (float(size[0]) - d) / 2
+            x = rng.uniform(min(back, -back), max(back, -back))
+            y = float(rng.choice([-1, 1])) * ((w + float(size[1])) / 2 + gap)
+        else:
+            x, y = (d + float(size[0])) / 2 + gap, rng.uniform(-w, w) / 2
+        row = planner.relative(anchor, kind, [x, y, -float(base.position[2])], 0.0, size)
+        if row is not None:
+            return row
+    return None
 
 
 def place_desk(planner: RoomPlanner, wall_desk: bool = True) -> int | None:
@@ -145,7 +197,7 @@ def place_desk(planner: RoomPlanner, wall_desk: bool = True) -> int | None:
         chair = str(rng.choice(["chair:office", "chair:dining", "chair:shell"], p=[0.65, 0.15, 0.2]))
         size = planner.size(chair)
         for _ in range(4):
-            pull = rng.uniform(-0.15, 0.4)
+            pull = rng.uniform(-0.2, 0.4)
             y = rng.uniform(-0.2, 0.2) + (0.3 if style == "corner" else 0.0)
             turn = rng.uniform(-np.pi, np.pi) if pull > 0.15 and rng.random() < 0.4 else rng.normal(0, 0.2)
             offset = [x + ex / 2 + float(size[0]) / 2 + pull, y, 0.0]
@@ -161,11 +213,11 @@ def place_dining_set(planner: RoomPlanner, most: int = 6) -> None:
     """A table in the room with chairs around it."""
     rng = planner.rng
     kind = str(rng.choice(["table:dining", "table:round"], p=[0.65, 0.35]))
-    yaw = float(rng.integers(4)) * np.pi / 2 + rng.normal(0, 0.04)
+    yaw = float(rng.integers(4)) * np.pi / 2 + rng.normal(0, 0.5 if rng.random() < 0.15 else 0.04)
     table = planner.anywhere(kind, yaw=yaw, tries=20)
     if table is not None:
         chair = str(rng.choice(["chair:dining", "chair:shell"], p=[0.7, 0.3]))
-        place_chairs_around(planner, table, int(rng.integers(2, most + 1)), chair)
+        place_chairs_around(planner, table, int(rng.integers(2, most + 2)), chair)
         litter(planner, table, TABLE_CLUTTER, 1.5)
 
 
@@ -270,7 +322,7 @@ def place_kitchen(planner: RoomPlanner) -> None:
         )
         stack += [row] if row is not None else []
     depth = solid[2] - 0.03
-    cabinets = max(1, int(w / 1.3 + rng.random()))
+    cabinets = 1 if rng.random() < 0.35 else max(1, int(w / 1.1 + rng.random()))
     for k in range(cabinets):
         y = -w / 2 + (k + 0.5) * w / cabinets
         offset = [-d / 2 + depth / 2, y, -top]

@@ -1,0 +1,444 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from oracles import vrdistill as oracle
+
+from vrdistill_jax.distillers import vrdistill
+from vrdistill_jax.distillers.vote_refinement import MultiHeadAttention, VoteRefinement, attention_bias
+from vrdistill_jax.structs import Boxes, DetectorOutput, Points, PointSet, Scene
+
+B, M, C, G, N = 2, 16, 8, 5, 40
+
+
+def make_scene(seed=0, counts=(3, 2), yaw=0.0) -> Scene:
+    """Boxes at random places, every second point on one of them; pads hold garbage."""
+    rng = np.random.default_rng(seed)
+    mask = np.arange(G) < np.array(counts)[:, None]
+    instance = np.full((B, N, 2), -1, np.int32)
+    for b, count in enumerate(counts):
+        if count:
+            instance[b, ::2, 0] = rng.integers(0, count, N // 2)
+            instance[b, ::6, 1] = 0
+    center = rng.uniform(-2, 2, (B, G, 3)).astype(np.float32)
+    boxes = Boxes(
+        center,
+        rng.uniform(0.5, 2, (B, G, 3)).astype(np.float32),
+        np.full((B, G), yaw, np.float32),
+        np.where(mask, 1, -1).astype(np.int32),
+        mask,
+        center + np.float32(0.1),
+    )
+    points = Points(
+        rng.uniform(-2, 2, (B, N, 3)).astype(np.float32),
+        np.zeros((B, N, 1), np.float32),
+        np.ones((B, N), bool),
+    )
+    eye = np.tile(np.eye(4, dtype=np.float32), (B, 1, 1))
+    return Scene(points, boxes, instance, eye, np.arange(B, dtype=np.int32), np.ones(B, bool))
+
+
+def make_votes(seed=0, size=C, count=M, pads=0) -> PointSet:
+    rng = np.random.default_rng(seed)
+    mask = np.broadcast_to(np.arange(count) < count - pads, (B, count))
+    return PointSet(
+        rng.uniform(-2, 2, (B, count, 3)).astype(np.float32),
+        rng.normal(size=(B, count, size)).astype(np.float32),
+        mask,
+        np.stack([rng.permutation(N)[:count] for _ in range(B)]).astype(np.int32),
+    )
+
+
+def output_of(votes: PointSet) -> DetectorOutput:
+    return DetectorOutput(None, {"clusters": votes, "votes": votes}, None)
+
+
+def make(**changes):
+    config = vrdistill.default_config()
+    config.update(changes)
+    return vrdistill.build(config, None, None)
+
+
+def apply(module, params, student, teacher, scene):
+    return module.apply({"params": params}, output_of(student), output_of(teacher), scene, train=True)
+
+
+def init(module, student, teacher, scene, key=0):
+    return module.init(jax.random.key(key), output_of(student), output_of(teacher), scene, train=True).get(
+        "params", {}
+    )
+
+
+def shaken(params, seed=0, scale=0.3):
+    """Parameters that are nowhere zero."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noise)
+
+
+# ---- Refinement
+
+
+@pytest.mark.parametrize("cross_query", ["refined", "initial"])
+def test_untrained_refinement_is_the_identity_bit_for_bit(cross_query):
+    votes = make_votes(pads=3)
+    module = VoteRefinement(C, layers=3, heads=2, cross_query=cross_query)
+    refined, _ = module.init_with_output(jax.random.key(0), votes)
+    jax.tree.map(np.testing.assert_array_equal, refined, votes)
+    moved = module.apply({"params": shaken(module.init(jax.random.key(0), votes)["params"])}, votes)
+    assert np.abs(moved.xyz - votes.xyz).max() > 0.01
+    assert np.abs(moved.features - votes.features).max() > 0.01
+
+
+def test_no_layers_equal_refine_off():
+    scene, student, teacher = make_scene(), make_votes(1), make_votes(2)
+    off, none = make(refine=False), make(layers=0)
+    assert init(off, student, teacher, scene) == init(none, student, teacher, scene) == {}
+    total, terms = apply(off, {}, student, teacher, scene)
+    assert total == apply(none, {}, student, teacher, scene)[0]
+    assert "ref" not in terms
+
+
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+@pytest.mark.parametrize("neighbors", [3, M])
+def test_attention_matches_the_oracle(sign, neighbors):
+    votes, memory = make_votes(0), make_votes(1, count=11, pads=2)
+    module = MultiHeadAttention(C, 2)
+    bias = attention_bias(votes.xyz, memory.xyz, memory.mask, neighbors, sign)
+    params = shaken(module.init(jax.random.key(0), votes.features, memory.features, bias)["params"])
+    got = module.apply({"params": params}, votes.features, memory.features, bias)
+    for b in range(B):
+        want, weights = oracle.attention(
+            votes.features[b],
+            memory.features[b],
+            votes.xyz[b],
+            memory.xyz[b],
+            memory.mask[b],
+            jax.tree.map(np.asarray, params),
+            2,
+            neighbors,
+            sign,
+        )
+        np.testing.assert_allclose(got[b], want, atol=1e-5)
+        assert ((weights > 0).sum(-1) == min(neighbors, 9)).all()
+
+
+def test_each_attention_row_has_k_entries_also_with_ties_and_few_keys():
+    xyz = np.zeros((1, 6, 3), np.float32)  # all coincide
+    mask = np.array([[True, True, True, True, False, True]])
+    for neighbors, expected in ((1, 1), (3, 3), (5, 5), (6, 5), (9, 5)):
+        bias = attention_bias(xyz, xyz, mask, neighbors)
+        weights = jax.nn.softmax(bias, -1)
+        assert ((np.asarray(weights) > 0).sum(-1) == expected).all()
+        assert (np.asarray(weights)[..., 4] == 0).all()
+    nothing = jax.nn.softmax(attention_bias(xyz, xyz, np.zeros((1, 6), bool), 3), -1)
+    assert np.isfinite(nothing).all()
+
+
+def test_all_neighbors_without_bias_are_plain_attention():
+    votes = make_votes(0)
+    np.testing.assert_array_equal(attention_bias(votes.xyz, votes.xyz, votes.mask, M, 0), 0)
+
+
+def test_refinement_is_permutation_equivariant_and_ignores_pads():
+    votes = make_votes(0, pads=4)
+    module = VoteRefinement(C, layers=2, heads=2)
+    params = {"params": shaken(module.init(jax.random.key(0), votes)["params"], scale=0.1)}
+    refined = module.apply(params, votes)
+    order = np.random.default_rng(3).permutation(M)
+    permuted = module.apply(params, PointSet(*(field[:, order] for field in votes)))
+    np.testing.assert_allclose(permuted.xyz, refined.xyz[:, order], atol=1e-5)
+    np.testing.assert_allclose(permuted.features, refined.features[:, order], atol=1e-4)
+    garbage = votes._replace(
+        xyz=np.where(votes.mask[..., None], votes.xyz, 7.0),
+        features=np.where(votes.mask[..., None], votes.features, 1e3),
+    )
+    again = module.apply(params, garbage)
+    real = np.asarray(votes.mask)
+    np.testing.assert_array_equal(np.asarray(again.xyz)[real], np.asarray(refined.xyz)[real])
+    np.testing.assert_array_equal(np.asarray(again.features)[real], np.asarray(refined.features)[real])
+
+
+# ---- Mask
+
+
+def test_soft_mask_matches_the_oracle():
+    for yaw, rotate in ((0.0, True), (0.7, True), (0.7, False)):
+        scene, votes = make_scene(yaw=yaw), make_votes(3)
+        got = vrdistill.foreground_mask(votes.xyz, scene.boxes, "soft", 0.5, rotate=rotate)
+        for b in range(B):
+            boxes = [np.asarray(field[b], np.float64) for field in scene.boxes]
+            want = oracle.soft_mask(votes.xyz[b], *boxes[:3], scene.boxes.mask[b], 0.5, rotate)
+            np.testing.assert_allclose(got[b], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 10.0])
+def test_soft_mask_range_ray_translation_and_scale(sigma):
+    scene = make_scene(counts=(1, 1))
+    center, size = scene.boxes.center[:, :1], scene.boxes.size[:, :1]
+    ray = center + np.linspace(0, 5, M)[None, :, None] * np.float32([0.6, -0.8, 0.3])
+    weight = np.asarray(vrdistill.foreground_mask(ray, scene.boxes, "soft", sigma))
+    np.testing.assert_allclose(weight[:, 0], 1 / sigma, rtol=1e-6)
+    assert (weight > 0).all()
+    assert (np.diff(weight) < 0).all()
+    face = center + size * np.float32([0.5, 0, 0])
+    np.testing.assert_allclose(
+        vrdistill.foreground_mask(face, scene.boxes, "soft", sigma), 1 / (0.25 + sigma), rtol=1e-5
+    )
+    boxes = scene.boxes._replace(center=3 * scene.boxes.center + 1, size=3 * scene.boxes.size)
+    np.testing.assert_allclose(
+        vrdistill.foreground_mask(3 * ray + 1, boxes, "soft", sigma), weight, rtol=1e-3
+    )
+    normalized = vrdistill.foreground_mask(ray, scene.boxes, "soft", sigma, normalize=True)
+    np.testing.assert_allclose(normalized, weight * sigma, rtol=1e-6)
+
+
+def test_padded_boxes_do_not_count():
+    scene = make_scene(counts=(2, 0))
+    votes = scene.boxes.center  # among them the centres of the pads
+    for kind in ("soft", "hard"):
+        weight = np.asarray(vrdistill.foreground_mask(votes, scene.boxes, kind))
+        np.testing.assert_array_equal(weight[1], 0)
+        np.testing.assert_allclose(weight[0, :2], 1.0)
+        assert (weight[0, 2:] < 1).all()
+    np.testing.assert_array_equal(vrdistill.foreground_mask(votes, scene.boxes, "off"), 1)
+
+
+# ---- Losses
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses_match_the_oracle(reduction):
+    scene = make_scene(yaw=0.4)
+    student, teacher = make_votes(1, pads=2), make_votes(2, count=M - 4, pads=1)
+    module = make(refine=True, layers=2, heads=2, reduction=reduction, eta=3.0, mu=7.0, weight=0.5)
+    params = shaken(init(module, student, teacher, scene), scale=0.1)
+    total, terms = apply(module, params, student, teacher, scene)
+    refine = VoteRefinement(C, layers=2, heads=2)
+    refined = jax.tree.map(np.asarray, refine.apply({"params": params["refinement"]}, teacher))
+    sums, counts, distances, on_object = 0.0, 0, 0.0, 0
+    for b in range(B):
+        boxes = [field[b] for field in scene.boxes]
+        weight = oracle.soft_mask(refined.xyz[b], *boxes[:3], scene.boxes.mask[b], 1.0)
+        value, count = oracle.consistency(
+            student.xyz[b],
+            student.features[b],
+            student.mask[b],
+            refined.xyz[b],
+            refined.features[b],
+            refined.mask[b],
+            weight,
+        )
+        sums, counts = sums + value, counts + count
+        value, count = oracle.refinement(
+            refined.xyz[b],
+            refined.mask[b],
+            refined.seed_index[b],
+            scene.point_instance[b],
+            scene.boxes.center[b],
+        )
+        distances, on_object = distances + value, on_object + count
+    dis = sums / counts / C if reduction == "mean" else sums / B
+    np.testing.assert_allclose(terms["dis"], dis, rtol=1e-4)
+    np.testing.assert_allclose(terms["sum"], sums / B, rtol=1e-4)
+    np.testing.assert_allclose(terms["ref"], distances / on_object, rtol=1e-4)
+    np.testing.assert_allclose(total, 0.5 * (3 * dis + 7 * distances / on_object), rtol=1e-4)
+
+
+def test_equal_networks_have_no_consistency_loss():
+    scene, votes = make_scene(), make_votes(1)
+    module = make(heads=2)
+    params = init(module, votes, votes, scene)
+    assert set(params) == {"refinement"}  # no alignment between equal channels
+    assert apply(module, params, votes, votes, scene)[1]["dis"] == 0
+
+
+def test_refinement_loss_is_zero_only_on_the_centers():
+    scene = make_scene()
+    votes = make_votes(0)
+    rows = np.take_along_axis(scene.point_instance[..., 0], votes.seed_index, 1)
+    on_center = np.take_along_axis(scene.boxes.center, np.maximum(rows, 0)[..., None], 1)
+    votes = votes._replace(xyz=on_center)
+    assert vrdistill.refinement_loss(votes, scene) == 0
+    elsewhere = np.where((rows < 0)[..., None], 50.0, on_center)
+    assert vrdistill.refinement_loss(votes._replace(xyz=elsewhere), scene) == 0
+    off = on_center.copy()
+    first = np.argwhere(rows[0] > 0)[0, 0]  # a seed of no other box
+    off[0, first] += [0.3, 0, 0.4]
+    count = (rows >= 0).sum()
+    seeds = scene.point_instance[0, votes.seed_index[0, first]]
+    assert vrdistill.refinement_loss(votes._replace(xyz=off), scene) > 0
+    if seeds[1] < 0:
+        np.testing.assert_allclose(
+            vrdistill.refinement_loss(votes._replace(xyz=off), scene), 0.5 / count, rtol=1e-4
+        )
+    aim = vrdistill.refinement_loss(votes, scene, "vote_center")
+    np.testing.assert_allclose(aim, np.sqrt(0.03), rtol=1e-3)
+
+
+def test_loss_is_invariant_to_separate_permutations():
+    scene, student, teacher = make_scene(), make_votes(1, size=4), make_votes(2)
+    module = make(heads=2, layers=1)
+    params = shaken(init(module, student, teacher, scene), scale=0.1)
+    total, _ = apply(module, params, student, teacher, scene)
+    rng = np.random.default_rng(0)
+    shuffled = []
+    for votes in (student, teacher):
+        order = rng.permutation(M)
+        shuffled.append(PointSet(*(field[:, order] for field in votes)))
+    np.testing.assert_allclose(apply(module, params, *shuffled, scene)[0], total, rtol=1e-5)
+
+
+def test_padded_scenes_do_not_count():
+    scene, student, teacher = make_scene(), make_votes(1), make_votes(2)
+    module = make(refine=False, mask="off")
+    alone, _ = apply(module, {}, student, teacher, scene._replace(mask=np.array([True, False])))
+    other = student._replace(features=student.features * np.float32([[[1.0]], [[9.0]]]))
+    again, _ = apply(module, {}, other, teacher, scene._replace(mask=np.array([True, False])))
+    assert alone == again
+    assert apply(module, {}, other, teacher, scene)[0] > alone
+
+
+# ---- Gradients
+
+
+def gradients(student, teacher, scene, params=None, **changes):
+    """Gradients with respect to the student's features and coordinates, the teacher's features, and the parameters."""
+    module = make(heads=2, layers=2, **changes)
+    params = shaken(init(module, student, teacher, scene), scale=0.1) if params is None else params
+
+    def loss(features, xyz, teacher_features, params):
+        votes = student._replace(features=features, xyz=xyz)
+        return apply(module, params, votes, teacher._replace(features=teacher_features), scene)[0]
+
+    return jax.grad(loss, argnums=(0, 1, 2, 3))(student.features, student.xyz, teacher.features, params)
+
+
+def test_where_gradients_go():
+    scene, student, teacher = make_scene(), make_votes(1, size=4), make_votes(2)
+    features, xyz, teacher_features, params = gradients(student, teacher, scene, mu=0.0)
+    assert np.abs(features).max() > 0
+    np.testing.assert_array_equal(xyz, 0)
+    np.testing.assert_array_equal(teacher_features, 0)
+    assert np.abs(params["align"]["kernel"]).max() > 0
+    refinement = params["refinement"]
+    for name, leaf in refinement.items():
+        moves = name.startswith("offset")
+        size = max(float(np.abs(x).max()) for x in jax.tree.leaves(leaf))
+        assert (size == 0) == moves, name
+
+    *_, params = gradients(student, teacher, scene, mu=0.0, dis_detach_target=True)
+    assert all(not np.any(x) for x in jax.tree.leaves(params["refinement"]))
+    *_, params = gradients(student, teacher, scene, mu=0.0, stop_mask_gradient=False)
+    assert np.abs(params["refinement"]["offset_out1"]["kernel"]).max() > 0
+    *_, params = gradients(student, teacher, scene, mu=0.0, stop_bias_gradient=False)
+    assert np.abs(params["refinement"]["offset_out0"]["kernel"]).max() > 0
+    _, xyz, *_ = gradients(student, teacher, scene, mu=0.0, coordinate_weight=1.0)
+    assert np.abs(xyz).max() > 0
+    *_, params = gradients(student, teacher, scene, eta=0.0)
+    assert np.abs(params["refinement"]["offset_out1"]["kernel"]).max() > 0
+    np.testing.assert_array_equal(params["align"]["kernel"], 0)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_everything_is_finite_with_coincident_votes_no_boxes_and_no_votes(stop):
+    coincident = make_votes(1, size=4)._replace(xyz=np.zeros((B, M, 3), np.float32))
+    at_center = make_votes(2)._replace(xyz=np.zeros((B, M, 3), np.float32))
+    nobody = at_center._replace(mask=np.zeros((B, M), bool))
+    settings = dict(stop_bias_gradient=stop, stop_mask_gradient=stop, coordinate_weight=1.0)
+    scene = make_scene()
+    scene = scene._replace(boxes=scene.boxes._replace(center=np.zeros_like(scene.boxes.center)))
+    for teacher in (at_center, nobody):
+        for labels in (scene, make_scene(counts=(0, 0)), scene._replace(mask=np.zeros(B, bool))):
+            module = make(heads=2, layers=2, **settings)
+            # Untrained: refined votes lie exactly on their centres, where a plain norm has no gradient.
+            params = init(module, coincident, teacher, labels)
+            total, terms = apply(module, params, coincident, teacher, labels)
+            assert np.isfinite(total)
+            assert all(np.isfinite(x) for x in terms.values())
+            for leaf in jax.tree.leaves(gradients(coincident, teacher, labels, params, **settings)):
+                assert np.isfinite(leaf).all()
+
+
+def test_refinement_learns_to_move_votes_on_unseen_scenes():
+    """Figure 1's claim, where features tell the way: refined votes end nearer to the centres than the teacher's."""
+    rng = np.random.default_rng(0)
+    code = rng.normal(size=(3, C)).astype(np.float32)
+
+    def sample(seed):
+        scene, votes = make_scene(seed), make_votes(seed + 1000)
+        rows = np.take_along_axis(scene.point_instance[..., 0], votes.seed_index, 1)
+        center = np.take_along_axis(scene.boxes.center, np.maximum(rows, 0)[..., None], 1)
+        offset = np.random.default_rng(seed).normal(scale=0.3, size=(B, M, 3)).astype(np.float32)
+        votes = votes._replace(xyz=center + offset, features=offset @ code)
+        return votes, scene._replace(point_instance=scene.point_instance[..., :1])
+
+    def stack(seeds):
+        return jax.tree.map(lambda *x: jnp.stack(x), *[sample(s) for s in seeds])
+
+    module = VoteRefinement(C, layers=1, heads=2)
+    votes, scenes = stack(range(16))
+    params = module.init(jax.random.key(0), jax.tree.map(lambda x: x[0], votes))
+    optimizer = optax.adam(1e-2)
+
+    def loss(params, batch):
+        return vrdistill.refinement_loss(module.apply(params, batch[0]), batch[1])
+
+    @jax.jit
+    def train(params):
+        def step(carry, n):
+            params, state = carry
+            batch = jax.tree.map(lambda x: x[n % 16], (votes, scenes))
+            updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(300))[0][0]
+
+    params = train(params)
+    unseen = [sample(seed) for seed in range(100, 104)]
+    before = np.mean([vrdistill.refinement_loss(*batch) for batch in unseen])
+    after = np.mean([loss(params, batch) for batch in unseen])
+    assert after < 0.6 * before, (before, after)
+
+
+# ---- Configuration
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(vote_level="seed"), "vote_level is 'seed'; expected one of cluster, sampled_vote, vote"),
+        (dict(mask="none"), "mask is 'none'"),
+        (dict(bias_sign=2), "bias_sign is 2"),
+        (dict(sigma=0.0), "sigma is 0.0; expected > 0"),
+        (dict(neighbors=0), "neighbors is 0"),
+        (dict(cross_query="other"), "cross_query"),
+        (dict(ref_target="seed"), "ref_target"),
+        (dict(reduction="max"), "reduction"),
+    ],
+)
+def test_bad_knobs_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        make(**change)
+
+
+def test_heads_must_divide_channels_and_labels_must_be_there():
+    scene, votes = make_scene(), make_votes(1)
+    with pytest.raises(ValueError, match="8 channels do not divide into 3 heads"):
+        init(make(heads=3), votes, votes, scene)
+    with pytest.raises(ValueError, match="this scene has no labels"):
+        init(make(), votes, votes, scene._replace(boxes=None))
+
+
+def test_vote_levels_read_their_tap():
+    clusters, votes = make_votes(1), make_votes(2, size=2 * C)
+    raw = type("Raw", (), {"cluster_index": np.array([[3, 1], [0, 9]])})
+    output = DetectorOutput(None, {"clusters": clusters, "votes": votes}, raw)
+    assert vrdistill.select_votes(output, "cluster") is clusters
+    assert vrdistill.select_votes(output, "vote") is votes
+    sampled = vrdistill.select_votes(output, "sampled_vote")
+    np.testing.assert_array_equal(sampled.features[1, 1], votes.features[1, 9])
+    with pytest.raises(ValueError, match="reads the tap 'votes'"):
+        vrdistill.select_votes(DetectorOutput(None, {"clusters": clusters}, raw), "vote")

@@ -1,0 +1,327 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+from scenes import make_batch, make_sample, tiny_config
+
+from vrdistill_jax import evaluate as evaluate_verb
+from vrdistill_jax import train as train_verb
+from vrdistill_jax.detectors import votenet
+from vrdistill_jax.distillers import DISTILLERS, find_distiller
+from vrdistill_jax.predict import Predictor
+from vrdistill_jax.recipes import default_teacher_config
+from vrdistill_jax.training.checkpoint import (
+    RunCheckpoints,
+    load_inference_checkpoint,
+    save_inference_checkpoint,
+)
+from vrdistill_jax.training.distill import (
+    check_same_input,
+    hash_weights,
+    init_distillers,
+    load_teacher,
+    make_distill_step,
+    make_distillation,
+)
+from vrdistill_jax.training.state import init_state, init_variables
+from vrdistill_jax.training.step import make_train_step
+
+MOMENTUM = optax.constant_schedule(0.3)
+
+
+def distill_config(teacher, methods, **changes) -> ConfigDict:
+    config = tiny_config(**changes)
+    config.teacher = default_teacher_config()
+    config.teacher.checkpoint = str(teacher)
+    config.distiller = ConfigDict({"methods": {}})
+    for name in methods:
+        config.distiller.methods[name] = find_distiller(name).default_config()
+    return config
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    """A random teacher of twice the student's width."""
+    config = tiny_config(**{"detector.width": 0.25})
+    scene, pyramid = make_batch(config)
+    variables = init_variables(votenet.build(config.detector), jax.random.key(9), scene.points, pyramid)
+    folder = tmp_path_factory.mktemp("teacher")
+    save_inference_checkpoint(folder, variables, config)
+    return folder
+
+
+def start(config, workdir, batch, distill=True):
+    """A step function and a state, with the pieces that train.py puts together."""
+    model = votenet.build(config.detector)
+    optimizer = optax.adam(1e-3)
+    variables = init_variables(model, jax.random.key(0), batch.scene.points, batch.pyramid)
+    state = init_state(variables, optimizer)
+    arguments = (model, votenet.loss, config.detector, optimizer, MOMENTUM)
+    if not distill:
+        return jax.jit(make_train_step(*arguments)), state, ()
+    teacher = load_teacher(config, workdir)
+    distillation = make_distillation(config, teacher, optax.constant_schedule(1e-3))
+    learned = init_distillers(distillation, jax.random.key(1), model, variables, batch)
+    step = jax.jit(make_distill_step(*arguments, distillation))
+    return step, state._replace(distiller=learned), (teacher.variables,)
+
+
+def test_every_method_learns_and_stays_finite_without_boxes(teacher_dir, tmp_path):
+    """All methods at once: the terms carry their names, and the total is their sum."""
+    config = distill_config(teacher_dir, DISTILLERS)
+    full, empty = make_batch(config), make_batch(config, num_boxes=0)
+    step, state, constants = start(config, tmp_path, full)
+    for batch in (full, empty, full):
+        before = state
+        state, metrics = step(state, batch, jax.random.key(2), *constants)
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+        shares = sum(metrics[f"{name}/total"] for name in DISTILLERS)
+        np.testing.assert_allclose(metrics["total"], metrics["detection"] + shares, rtol=1e-5)
+    assert set(state.distiller.params) == set(DISTILLERS)
+    for name in DISTILLERS:
+        assert metrics[f"{name}/total"] > 0, name
+        for a, b in zip(
+            jax.tree.leaves(before.distiller.params[name]), jax.tree.leaves(state.distiller.params[name]), strict=True
+        ):
+            assert np.isfinite(b).all()
+            del a
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, state.params)
+    assert sum(jax.tree.leaves(moved)) > len(jax.tree.leaves(moved)) / 2
+
+
+def test_methods_of_weight_zero_do_nothing_to_the_student(teacher_dir, tmp_path):
+    """Also the aligned second pass leaves no trace in the running statistics."""
+    config = distill_config(teacher_dir, ("vrdistill", "pgd"))
+    for entry in config.distiller.methods.values():
+        entry.weight = 0.0
+    batch = make_batch(config, train=True)
+    plain_step, plain, _ = start(config, tmp_path, batch, distill=False)
+    step, state, constants = start(config, tmp_path, batch)
+    plain, plain_metrics = plain_step(plain, batch, jax.random.key(2))
+    state, metrics = step(state, batch, jax.random.key(2), *constants)
+    assert metrics["vrdistill/total"] == metrics["pgd/total"] == 0
+    np.testing.assert_allclose(metrics["total"], plain_metrics["total"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["gradient_norm"], plain_metrics["gradient_norm"], rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.batch_stats, plain.batch_stats
+    )
+    assert jax.tree.structure(state.variables) == jax.tree.structure(plain.variables)
+
+
+def test_distiller_parameters_decay_on_their_own(teacher_dir, tmp_path):
+    config = distill_config(teacher_dir, ("vrdistill",))
+    config.optimizer.name = "adamw"
+    config.optimizer.distiller_weight_decay = 0.5
+    optimizer = make_distillation(
+        config, load_teacher(config, tmp_path), optax.constant_schedule(0.1)
+    ).optimizer
+    params = {"w": np.float32([2.0])}
+    updates, _ = optimizer.update({"w": np.float32([0.0])}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.1 * 0.5 * 2.0, rtol=1e-5)
+
+
+# ---- Teacher
+
+
+def test_teacher_must_read_what_the_student_reads(teacher_dir):
+    config = tiny_config()
+    check_same_input(config.detector, tiny_config(**{"detector.width": 1.0}).detector)
+    _, loaded = load_inference_checkpoint(teacher_dir)  # tuples have become lists in JSON
+    check_same_input(config.detector, loaded.detector)
+    for key, value, message in (
+        ("detector.levels", ((64, 0.5, 8), (32, 0.8, 8), (16, 1.0, 8), (8, 1.6, 8)), "same point pyramids"),
+        ("detector.input_features", ("color", "height"), r"same input features \(detector.input_features\)"),
+        ("detector.class_names", ("a", "b", "c", "e"), "same classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_same_input(config.detector, tiny_config(**{key: value}).detector)
+
+
+def test_teacher_is_found_identified_and_adjusted(teacher_dir, tmp_path):
+    config = distill_config(teacher_dir, ("vrdistill",))
+    teacher = load_teacher(config, tmp_path)
+    assert config.teacher.weights_sha256 == hash_weights(teacher.variables)
+    assert teacher.model.cluster_sampling_eval == "vote_fps"
+    assert teacher.config.cluster_sampling_eval == "seed_fps"  # as it is evaluated
+    assert teacher.model.width == 0.25
+    load_teacher(config, tmp_path)  # the recorded hash fits
+    config.teacher.weights_sha256 = "0" * 64
+    with pytest.raises(ValueError, match="but config.teacher.weights_sha256 is 0000"):
+        load_teacher(config, tmp_path)
+    with pytest.raises(ValueError, match="config.teacher.checkpoint is empty"):
+        load_teacher(distill_config("", ("vrdistill",)), tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        load_teacher(distill_config(tmp_path, ("vrdistill",)), tmp_path)
+    config = distill_config(teacher_dir, ("vrdistill",))
+    config.teacher.detector = ConfigDict({"samplng": 1})
+    with pytest.raises(ValueError, match="config.teacher.detector.samplng is no entry"):
+        load_teacher(config, tmp_path)
+
+
+def test_hash_sees_names_shapes_and_values():
+    weights = {"params": {"a": np.zeros(4, np.float32), "b": np.ones(2, np.float32)}}
+    same = {"params": {"b": np.ones(2, np.float32), "a": np.zeros(4, np.float32)}}
+    assert hash_weights(weights) == hash_weights(same)
+    for other in (
+        {"a": np.zeros((2, 2), np.float32), "b": np.ones(2, np.float32)},
+        {"a": np.zeros(4, np.float32), "c": np.ones(2, np.float32)},
+        {"a": np.zeros(4, np.float32), "b": np.float32([1, 2])},
+    ):
+        assert hash_weights({"params": other}) != hash_weights(weights)
+
+
+def test_methods_are_named(teacher_dir, tmp_path):
+    config = distill_config(teacher_dir, ())
+    teacher = load_teacher(config, tmp_path)
+    with pytest.raises(ValueError, match="config.distiller.methods is empty"):
+        make_distillation(config, teacher, MOMENTUM)
+    config.distiller.methods["vrdistil"] = ConfigDict({"weight": 1.0})
+    with pytest.raises(ValueError, match="unknown distiller 'vrdistil'; known: .*seed.*vrdistill"):
+        make_distillation(config, teacher, MOMENTUM)
+
+
+# ---- The whole verb
+
+
+@pytest.fixture
+def sources(monkeypatch):
+    """Train and validation scenes made by hand in place of a dataset."""
+
+    def open_source(config, split):
+        return [make_sample(seed) for seed in (range(6) if split == "train" else range(20, 23))]
+
+    for verb in (train_verb, evaluate_verb):
+        monkeypatch.setattr(verb, "open_source", open_source)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(teacher_dir, tmp_path, sources, monkeypatch, capsys):
+    config = distill_config(teacher_dir, ("vrdistill", "mgd"))  # mgd draws random numbers
+    given = config.to_json()
+    whole = train_verb.train(config, tmp_path / "whole")
+    assert config.to_json() == given  # the caller's config is left alone
+
+    save = RunCheckpoints.save
+
+    def save_then_die(self, state, metrics=None):
+        save(self, state, metrics)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoints, "save", save_then_die)
+        with pytest.raises(Killed):
+            train_verb.train(config, tmp_path / "resumed")
+
+    measured = []
+    predict = train_verb.make_teacher_predict
+    monkeypatch.setattr(train_verb, "make_teacher_predict", lambda t: measured.append(t) or predict(t))
+    capsys.readouterr()
+    resumed = train_verb.train(config, tmp_path / "resumed")
+    assert "resuming at step 2" in capsys.readouterr().out
+    assert not measured  # the teacher has been evaluated before
+    assert resumed["mAP@0.25"] == whole["mAP@0.25"]
+
+    variables = {}
+    for name in ("whole", "resumed"):
+        variables[name], stored = load_inference_checkpoint(tmp_path / name, 4)
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 4]
+        assert 0 <= records[0]["teacher/mAP@0.25"] == stored.teacher.mAP_25 <= 1
+        assert {"train/vrdistill/dis", "train/mgd/total", "train/detection"} <= set(records[1])
+        assert stored.teacher.weights_sha256 == hash_weights(load_inference_checkpoint(teacher_dir)[0])
+        assert json.loads((tmp_path / name / "config.json").read_text())["teacher"] == stored.teacher.to_dict()
+    jax.tree.map(np.testing.assert_array_equal, variables["whole"], variables["resumed"])
+    states = [restore(tmp_path / name, config, teacher_dir) for name in ("whole", "resumed")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert states[0].distiller.params["vrdistill"]["refinement"]["offset_out0"]["kernel"].any()
+
+    # What the student leaves behind is an ordinary detector.
+    scene, pyramid = make_batch(config)
+    plain = init_variables(votenet.build(config.detector), jax.random.key(0), scene.points, pyramid)
+    assert jax.tree.structure(variables["whole"]) == jax.tree.structure(jax.tree.map(np.asarray, plain))
+    assert evaluate_verb.evaluate_checkpoint(str(tmp_path / "whole"))["mAP@0.25"] == whole["mAP@0.25"]
+    detections = Predictor(tmp_path / "whole", min_score=0.0)(make_sample(3)["xyz"])
+    assert np.isfinite(detections.boxes).all()
+
+    other = distill_config(teacher_dir, ("vrdistill", "mgd"))
+    other.distiller.methods.vrdistill.eta = 3.0
+    with pytest.raises(ValueError, match=r"distiller.methods.vrdistill.eta: 10.0 there, 3.0 here"):
+        train_verb.train(other, tmp_path / "whole")
+
+
+def restore(workdir, config, teacher_dir):
+    config = distill_config(teacher_dir, tuple(config.distiller.methods))
+    batch = make_batch(config)
+    _, state, _ = start(config, workdir, batch)
+    with RunCheckpoints(workdir, config) as checkpoints:
+        return checkpoints.restore(state._replace(opt_state=None) if False else state)
+
+
+DEVICES = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+import jax, numpy as np, optax
+from scenes import make_batch
+from vrdistill_jax.detectors import votenet
+from vrdistill_jax.training.distill import init_distillers, load_teacher, make_distill_step, make_distillation
+from vrdistill_jax.training.parallel import AXIS, map_train_step
+from vrdistill_jax.training.state import init_state, init_variables
+from test_distill import distill_config
+
+config = distill_config(sys.argv[1], ("vrdistill", "pgd"))
+config.distiller.methods.vrdistill.reduction = "sum"
+batches = [make_batch(config, range(4 * k, 4 * k + 4), num_boxes=1 + k, train=True) for k in range(2)]
+optimizer = optax.sgd(1e-5)
+teacher = load_teacher(config, "nowhere")
+assert jax.local_device_count() == 2
+
+def run(axis_name):
+    model = votenet.build(config.detector, axis_name)
+    scene, pyramid = batches[0]
+    variables = init_variables(model, jax.random.key(0), scene.points, pyramid)
+    distillation = make_distillation(config, teacher, optax.constant_schedule(0.0), axis_name)._replace(optimizer=optimizer)
+    learned = init_distillers(distillation, jax.random.key(1), model, variables, batches[0])
+    state = init_state(variables, optimizer)._replace(distiller=learned)
+    step = make_distill_step(model, votenet.loss, config.detector, optimizer, optax.constant_schedule(0.3), distillation, axis_name)
+    step = map_train_step(step, num_constants=1) if axis_name else jax.jit(step)
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch, jax.random.key(2), teacher.variables)
+        losses.append([float(metrics[k]) for k in ("total", "vrdistill/total", "vrdistill/ref", "pgd/total", "gradient_norm", "distiller_gradient_norm")])
+    return jax.tree.map(np.asarray, state), np.array(losses)
+
+one, one_losses = run(None)
+two, two_losses = run(AXIS)
+worst = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
+print(one_losses, two_losses, worst)
+assert worst < 1e-5
+np.testing.assert_allclose(two_losses, one_losses, rtol=1e-4)
+"""
+
+
+def test_two_devices_equal_one_with_synchronised_batch_norm(teacher_dir):
+    tests = pathlib.Path(__file__).resolve().parents[1]
+    environment = os.environ | {
+        "NPROC": "16",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{tests}:{tests / 'training'}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", DEVICES, str(teacher_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
