@@ -20,6 +20,7 @@ from vrdistill_jax.geometry.frames import wrap_yaw
 
 MAX_JSON_BYTES = 256 << 20
 _MAX_BOXES = 10_000
+_SMALLEST_SIZE = 1e-9  # in any unit; as float32, smaller ones may become 0
 _BOX_KEYS = {"label", "center", "size", "yaw"}
 _FILE_KEYS = {"boxes", "instance", "comment"}
 
@@ -82,7 +83,7 @@ def read_annotation(path: str | os.PathLike) -> Annotation:
         rows[i, :3] = _read_numbers(path, f"boxes[{i}].center", box.get("center"), 3)
         rows[i, 3:6] = _read_numbers(path, f"boxes[{i}].size", box.get("size"), 3)
         rows[i, 6:] = _read_numbers(path, f"boxes[{i}].yaw", [box.get("yaw", 0.0)], 1)
-        if (rows[i, 3:6] <= 0).any():
+        if (rows[i, 3:6] < _SMALLEST_SIZE).any():
             raise AnnotationError(path, f"boxes[{i}].size is {box['size']}; full extents are greater than 0")
         if abs(rows[i, 6]) > 2 * math.pi + 1e-6:
             raise AnnotationError(path, f"boxes[{i}].yaw is {rows[i, 6]:g}; it is in radians, at most 2 pi")

@@ -140,7 +140,9 @@ def convert_dataset(
     if (failures and not skip_failed) or not done:
         return ConversionReport(None, counts, failures, all_notes)
     # TFDS knows no empty splits: a split without scenes is left out, and opening it says so.
-    generators = {split: functools.partial(_kept_samples, kept, scenes) for split, scenes in rows.items() if scenes}
+    generators = {
+        split: functools.partial(_kept_samples, kept, scenes) for split, scenes in rows.items() if scenes
+    }
     # Built beside the kept scenes and moved when its manifest is in it: OUTPUT/NAME is complete or absent.
     built = kept / f"built_{os.getpid()}"
     shutil.rmtree(built, ignore_errors=True)

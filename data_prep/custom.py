@@ -102,7 +102,9 @@ def split_scans(
     try:
         data = pathlib.Path(split_file).read_bytes()
     except OSError as error:
-        raise ValueError(f"{split_file}: cannot be read ({error.strerror or error}); check the path") from error
+        raise ValueError(
+            f"{split_file}: cannot be read ({error.strerror or error}); check the path"
+        ) from error
     try:
         content = json.loads(data)
         splits = {

@@ -217,7 +217,9 @@ def _read_hdf5(data: bytes, names: list[str]) -> dict[str, Any]:
         ) from error
     walk = HDF5Walk(len(data))
     with h5py.File(io.BytesIO(data), "r") as file:
-        return {name: _plain_from_hdf5(file, walk.member(file, name), 0, walk) for name in names if name in file}
+        return {
+            name: _plain_from_hdf5(file, walk.member(file, name), 0, walk) for name in names if name in file
+        }
 
 
 def _plain_from_hdf5(file: Any, item: Any, depth: int, walk: HDF5Walk) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.safe_pickle import InfoFileError, read_info_pickle
+from data_prep.safe_pickle import InfoFileError, describe_value, numbers_from_pickle, read_info_pickle
 from vrdistill_jax.data.class_tables import SCANNET_CLASSES, SCANNET_NYU40_IDS, SUNRGBD_CLASSES
 from vrdistill_jax.data.point_files import read_points
 from vrdistill_jax.data.point_tables import printable
@@ -349,7 +349,7 @@ def _entry_of_list(path: str, row: int, item: dict) -> _Entry:
     image_from_depth = None
     if isinstance(item.get("calib"), dict):
         calibration = item["calib"]
-        tilt, camera = (_table(calibration[name], 16).reshape(3, 3) for name in ("Rt", "K"))
+        tilt, camera = (numbers_from_pickle(calibration[name]).reshape(3, 3) for name in ("Rt", "K"))
         if not (np.abs(tilt) < _FAR).all() or not (np.abs(camera) < _FAR).all():
             raise ValueError(f"calib holds a value that is not finite or beyond {_FAR:g}")
         image_from_depth = camera @ _CAMERA_FROM_DEPTH @ tilt.T
@@ -435,11 +435,12 @@ def _boxes_and_labels(
         elif isinstance(name, int | np.integer) and 0 <= name < len(classes):
             label[i] = name
         if label[i] < 0:
-            notes.say(f"boxes of class {_shown(name)} were left out: the dataset has no such class")
+            notes.say(f"boxes of class {describe_value(name)} were left out: the dataset has no such class")
     kept = label >= 0
     boxes, label = boxes[kept], label[kept]
-    if (boxes[:, 3:6] <= 0).any():
-        raise entry.fail(f"a box has the size {boxes[(boxes[:, 3:6] <= 0).any(1)][0, 3:6].tolist()}")
+    flat = (boxes[:, 3:6].astype(np.float32) <= 0).any(axis=1)  # float32, as which it is stored
+    if flat.any():
+        raise entry.fail(f"a box has the size {boxes[flat][0, 3:6].tolist()}")
     yaw = boxes[:, 6:7] if columns == 7 else np.zeros((len(boxes), 1))
     return np.concatenate([boxes[:, :6], yaw], axis=1), label
 
@@ -452,7 +453,7 @@ def _scene(entry: _Entry, boxes: np.ndarray, label: np.ndarray, matrix: np.ndarr
     points = _file_path(entry, entry.points, "path of the points")
     columns = entry.num_columns
     if not isinstance(columns, int | np.integer) or not 3 <= columns <= 64:
-        raise entry.fail(f"{_shown(columns)} values per point; 3 to 64 can be read")
+        raise entry.fail(f"{describe_value(columns)} values per point; 3 to 64 can be read")
     name = pathlib.PurePosixPath(points).stem
     return InfoScene(name, entry.path, points, int(columns), boxes, label, matrix, *masks)
 
@@ -460,16 +461,22 @@ def _scene(entry: _Entry, boxes: np.ndarray, label: np.ndarray, matrix: np.ndarr
 def _file_path(entry: _Entry, path: Any, what: str) -> str:
     """A path inside the data folder: an info file must not make us read anything else."""
     if not isinstance(path, str) or not path:
-        raise entry.fail(f"the {what} is {_shown(path)}")
+        raise entry.fail(f"the {what} is {describe_value(path)}")
     parts = pathlib.PurePosixPath(path).parts
-    if path.startswith("/") or ".." in parts or re.search(r"[\\:]", path) or not path.isprintable() or len(path) > 500:
+    if (
+        path.startswith("/")
+        or ".." in parts
+        or re.search(r"[\\:]", path)
+        or not path.isprintable()
+        or len(path) > 500
+    ):
         raise entry.fail(f"the {what} {path[:60]!r} leads out of the folder")
     return str(pathlib.Path(entry.path).parent / pathlib.PurePosixPath(path))
 
 
 def _numbers(entry: _Entry, values: Any, what: str, shape: tuple[int, ...] | None) -> np.ndarray:
     try:
-        array = _table(values)
+        array = numbers_from_pickle(values)
     except (TypeError, ValueError, OverflowError) as error:
         raise entry.fail(f"{what}: not made of numbers ({_short(error)})") from error
     if array.ndim != 2 if shape is None else array.shape != shape:
@@ -477,41 +484,6 @@ def _numbers(entry: _Entry, values: Any, what: str, shape: tuple[int, ...] | Non
     if not (np.abs(array) <= _FAR).all():  # false for NaN, too
         raise entry.fail(f"{what} hold a value that is not finite or beyond 1e6")
     return array
-
-
-def _table(values: Any, largest: int = 16 * _MAX_BOXES) -> np.ndarray:
-    """f64 array of numbers in at most two levels of lists.
-
-    NumPy would follow any nesting, and a pickle of a few bytes can hold a list that is nested for ever or takes
-    years to walk.
-    """
-    if not isinstance(values, np.ndarray):
-        rows = [row.tolist() if isinstance(row, np.ndarray) else row for row in _listed(values)]
-        numbers = [number for row in rows for number in (_listed(row) if isinstance(row, list | tuple) else [row])]
-        if any(isinstance(number, list | tuple | dict | set | str | bytes) for number in numbers):
-            raise ValueError("nested too deep, or no numbers")
-        if len(numbers) > largest:
-            raise ValueError(f"{len(numbers)} values, more than {largest}")
-        values = rows
-    elif values.dtype.kind not in "fiub":
-        raise TypeError(f"values of type {values.dtype}")
-    with np.errstate(all="ignore"):  # damaged numbers
-        return np.array(values, np.float64)
-
-
-def _listed(values: Any) -> list | tuple:
-    if not isinstance(values, list | tuple) or len(values) > 16 * _MAX_BOXES:
-        raise TypeError(f"a {type(values).__name__} instead of a list of numbers")
-    return values
-
-
-def _shown(value: Any) -> str:
-    """A value for a message; a structure could be endless and takes only its type's name."""
-    if isinstance(value, str):
-        return repr(value[:60])
-    if isinstance(value, bool | float | np.number) or (isinstance(value, int) and value.bit_length() < 128):
-        return repr(value)
-    return f"<{type(value).__name__}>"
 
 
 def _add(table: dict[str, InfoScene], scene: InfoScene) -> None:

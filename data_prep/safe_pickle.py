@@ -6,6 +6,8 @@ import pathlib
 import re
 from typing import Any
 
+import numpy as np
+
 from vrdistill_jax.data.point_tables import printable
 from vrdistill_jax.interop.inert_pickle import (
     CheckpointFileError,
@@ -17,6 +19,7 @@ from vrdistill_jax.interop.inert_pickle import (
 )
 
 MAX_FILE_BYTES = 2 << 30
+MAX_ROWS = 16_000  # of a list of numbers
 _TEXT = re.compile(r"[<>=|]?[US]\d{1,4}")
 
 
@@ -62,6 +65,50 @@ def read_info_pickle(path: str | os.PathLike) -> Any:
         many = "opcodes" in reason or "memory" in reason
         remedy = "make it again without camera images" if many else "copy the info file again"
         raise InfoFileError(path, reason, remedy) from error
+
+
+def numbers_from_pickle(values: Any) -> np.ndarray:
+    """Makes an array of numbers in at most two levels of lists.
+
+    NumPy would follow any nesting, and a pickle of a few bytes can hold a list that has no end or takes years to
+    walk.
+
+    Args:
+      values: of a pickle: an array, a list of numbers, or a list of rows.
+
+    Returns:
+      f64 array; it may hold NaN and infinity.
+
+    Raises:
+      TypeError or ValueError: if they are anything else, or rows of different lengths.
+    """
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind not in "fiub":
+            raise TypeError(f"values of type {values.dtype}")
+    else:
+        values = [row.tolist() if isinstance(row, np.ndarray) else row for row in _listed(values)]
+        numbers = [
+            number for row in values for number in (_listed(row) if isinstance(row, list | tuple) else [row])
+        ]
+        if not all(isinstance(number, int | float | np.number) for number in numbers):
+            raise TypeError("nested too deep, or no numbers")
+    with np.errstate(all="ignore"):  # damaged numbers
+        return np.array(values, np.float64)
+
+
+def describe_value(value: Any) -> str:
+    """Shows a value of a pickle in a message: plain ones as they are, structures, which may be endless, by type."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    if isinstance(value, bool | float | np.number) or (isinstance(value, int) and value.bit_length() < 128):
+        return repr(value)
+    return f"<{type(value).__name__}>"
+
+
+def _listed(values: Any) -> list | tuple:
+    if not isinstance(values, list | tuple) or len(values) > MAX_ROWS:
+        raise TypeError(f"a {type(values).__name__} instead of a list of at most {MAX_ROWS} numbers")
+    return values
 
 
 def _reason(error: BaseException) -> str:

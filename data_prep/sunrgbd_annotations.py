@@ -10,6 +10,7 @@ import numpy as np
 
 from data_prep.conversion import MIN_SIZE
 from vrdistill_jax.data.class_tables import SUNRGBD_CLASSES
+from vrdistill_jax.data.point_tables import printable
 from vrdistill_jax.data.samples import vote_slots
 from vrdistill_jax.geometry.frames import wrap_yaw
 
@@ -58,7 +59,10 @@ def boxes_from_annotations(annotations: Iterable[Annotation]) -> SceneBoxes:
         if row > MAX_OBJECTS:
             raise ValueError(f"a frame has more than {MAX_OBJECTS} objects")
         if annotation.name not in SUNRGBD_CLASSES:
-            others[str(annotation.name)[:60]] += 1
+            name = (
+                annotation.name if isinstance(annotation.name, str) else f"<{type(annotation.name).__name__}>"
+            )
+            others[printable(name, 60)] += 1
             continue
         try:
             box = _box_from_annotation(annotation)
@@ -81,7 +85,7 @@ def read_label_file(path: str | os.PathLike) -> list[Annotation]:
     Raises:
       ValueError: naming the file and line that cannot be read.
     """
-    annotations = []
+    annotations: list[Annotation] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.split()
         if not words:

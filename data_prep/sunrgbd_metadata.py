@@ -10,6 +10,7 @@ import numpy as np
 from data_prep.matlab_files import read_matlab, structs_from
 from data_prep.sunrgbd_annotations import Annotation, SceneBoxes, boxes_from_annotations
 from vrdistill_jax.data.class_tables import SUNRGBD_CLASSES
+from vrdistill_jax.data.point_tables import printable
 
 _PUBLISHED_ROOT = "/n/fs/sun3d/data/"  # the metadata's paths begin with the authors' own folder
 
@@ -80,7 +81,8 @@ def read_frames(
                 )
             )
         except ValueError as error:
-            frames.append(f"entry {row + 1} of {pathlib.Path(frames_path).name} cannot be used: {error}")
+            name = pathlib.Path(frames_path).name
+            frames.append(printable(f"entry {row + 1} of {name} cannot be used: {error}"))
     return frames
 
 

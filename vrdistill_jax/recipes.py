@@ -19,6 +19,7 @@ from vrdistill_jax.data.class_tables import (
 )
 from vrdistill_jax.detectors import votenet
 from vrdistill_jax.distillers import find_distiller
+from vrdistill_jax.training import teacher_guided
 
 
 class Task(NamedTuple):
@@ -236,8 +237,9 @@ def student_config(
         _use_distillation_schedule(config, dataset)
     if not methods:
         return config
+    config.optimizer.distiller_weight_decay = 1e-2
     config.teacher = default_teacher_config()
-    config.distiller = ConfigDict({"methods": {}})
+    config.distiller = ConfigDict({"methods": {}, "teacher_guided": teacher_guided.default_config()})
     with config.unlocked():
         for name in methods:
             config.distiller.methods[name] = find_distiller(name).default_config()
@@ -269,7 +271,7 @@ def _use_distillation_schedule(config: ConfigDict, dataset: str) -> None:
     """
     config.optimizer.name, config.optimizer.schedule = "adamw", "cosine"
     config.optimizer.learning_rate = 0.005 if dataset == "sunrgbd" else 1e-3
-    config.optimizer.weight_decay, config.optimizer.distiller_weight_decay = 1e-5, 1e-2
+    config.optimizer.weight_decay = 1e-5
     config.optimizer.decay_epochs = ()
 
 

@@ -27,6 +27,7 @@ from vrdistill_jax.evaluation.evaluator import evaluate
 from vrdistill_jax.training.checkpoint import RunCheckpoints, check_same_config
 from vrdistill_jax.training.distill import (
     init_distillers,
+    init_student,
     load_teacher,
     make_distill_step,
     make_distillation,
@@ -65,10 +66,6 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
     detector = find_detector(config.detector.name)
     pyramid = detector.pyramid_config(config.detector)
     train_source, val_source = open_source(config.dataset, "train"), open_source(config.dataset, "val")
-    if len(train_source) < config.train.batch_size:
-        raise ValueError(
-            f"{len(train_source)} training scenes do not fill a batch of {config.train.batch_size}"
-        )
     steps_per_epoch = max(len(train_source) // config.train.batch_size, 1)
     num_steps = config.train.num_steps
 
@@ -79,7 +76,10 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
     optimizer = make_optimizer(config.optimizer, learning_rate)
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     scene, geometry = next(evaluation_batches(val_source, config, pyramid, 1))
-    state = init_state(init_variables(model, init_key, scene.points, geometry), optimizer)
+    variables = init_variables(model, init_key, scene.points, geometry)
+    if teacher is not None:
+        variables = init_student(config, teacher, variables)
+    state = init_state(variables, optimizer)
     names = tuple(config.detector.class_names)
 
     def measure(predict_fn, variables) -> dict:

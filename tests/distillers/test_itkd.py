@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,13 @@ def small_config(**changes):
 
 def make_module(student, teacher, scene, **changes):
     module = itkd.build(small_config(**changes), None, None)
-    params = module.init(jax.random.key(0), student, teacher, scene, aligned=student)["params"]
-    return params, lambda s, t, scene, params=params: module.apply({"params": params}, s, t, scene, aligned=s)
+    params = jax.jit(module.init)(jax.random.key(0), student, teacher, scene, aligned=student)["params"]
+    return params, lambda s, t, scene, params=params: run(module, params, s, t, scene)
+
+
+@partial(jax.jit, static_argnums=0)
+def run(module, params, student, teacher, scene):
+    return module.apply({"params": params}, student, teacher, scene, aligned=student)
 
 
 def make_case(num_boxes=3, seed_size=4):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,19 @@ from proposal_outputs import make_output, make_scene, mask_proposals, permute_pr
 from vrdistill_jax.distillers import pgd
 
 CONFIG = pgd.default_config()
+gaussian_weights = jax.jit(pgd.gaussian_weights, static_argnums=3)
+teacher_scores = jax.jit(pgd.teacher_scores)
 
 
 def distil(student, teacher, scene, params=None, **changes):
     config = pgd.default_config()
     config.update(changes)
-    module = pgd.build(config, None, None)
-    return module.apply({"params": params or {}}, student, teacher, scene, aligned=student)
+    return run(pgd.build(config, None, None), params or {}, student, teacher, scene)
+
+
+@partial(jax.jit, static_argnums=0)
+def run(module, params, student, teacher, scene):
+    return module.apply({"params": params}, student, teacher, scene, aligned=student)
 
 
 def random_candidates(seed, queries=30, objects=3):
@@ -30,7 +38,7 @@ def test_weights_equal_the_oracle(seed):
     quality, xyz, in_box = random_candidates(seed)
     quality[quality < 0.3] = 0.0
     quality[5:, 2] = 0.0  # fewer candidates than K
-    got = np.asarray(pgd.gaussian_weights(quality, xyz, in_box, 9, 0.05))
+    got = np.asarray(gaussian_weights(quality, xyz, in_box, 9, 0.05))
     want = oracle.gaussian_weights(quality.astype(float), xyz.astype(float), in_box, 9, 0.05)
     np.testing.assert_allclose(got, want, atol=2e-5)
     assert 0 < (got > 0).sum() <= 9 * 3
@@ -42,37 +50,37 @@ def test_weights_equal_the_oracle(seed):
 def test_one_candidate_weighs_one_and_four_are_degenerate():
     quality, xyz, in_box = random_candidates(0, objects=1)
     everywhere = np.ones_like(in_box)
-    one = np.asarray(pgd.gaussian_weights(quality, xyz, everywhere, 1, 0.05))
+    one = np.asarray(gaussian_weights(quality, xyz, everywhere, 1, 0.05))
     assert one[np.argmax(quality[:, 0])] == 1.0
     assert (one > 0).sum() == 1
-    four = np.asarray(pgd.gaussian_weights(quality, xyz, everywhere, 4, 1e-3))
+    four = np.asarray(gaussian_weights(quality, xyz, everywhere, 4, 1e-3))
     np.testing.assert_allclose(four[four > 0], np.exp(-1.5), rtol=2e-3)
 
 
 def test_weights_do_not_change_under_affine_maps_without_the_regulariser():
     quality, xyz, in_box = random_candidates(1)
     affine = np.array([[1.3, 0.4, 0.0], [-0.2, 0.9, 0.3], [0.1, 0.0, 1.6]], np.float32)
-    a = pgd.gaussian_weights(quality, xyz, in_box, 12, 1e-5)
-    b = pgd.gaussian_weights(quality, xyz @ affine + 2.0, in_box, 12, 1e-5)
+    a = gaussian_weights(quality, xyz, in_box, 12, 1e-5)
+    b = gaussian_weights(quality, xyz @ affine + 2.0, in_box, 12, 1e-5)
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_more_candidates_than_proposals_are_all_of_them():
     quality, xyz, in_box = random_candidates(2, queries=5)
     np.testing.assert_array_equal(
-        pgd.gaussian_weights(quality, xyz, in_box, 9, 0.05),
-        pgd.gaussian_weights(quality, xyz, in_box, 5, 0.05),
+        gaussian_weights(quality, xyz, in_box, 9, 0.05),
+        gaussian_weights(quality, xyz, in_box, 5, 0.05),
     )
 
 
 def test_a_better_score_only_moves_a_proposal_into_the_candidates():
     quality, xyz, in_box = random_candidates(3, objects=1)
     everywhere = np.ones_like(in_box)
-    before = np.asarray(pgd.gaussian_weights(quality, xyz, everywhere, 9, 0.05)) > 0
+    before = np.asarray(gaussian_weights(quality, xyz, everywhere, 9, 0.05)) > 0
     for row in range(len(quality)):
         raised = quality.copy()
         raised[row] += 0.5
-        after = np.asarray(pgd.gaussian_weights(raised, xyz, everywhere, 9, 0.05)) > 0
+        after = np.asarray(gaussian_weights(raised, xyz, everywhere, 9, 0.05)) > 0
         assert after[row] >= before[row]
         assert after.sum() == 9
 
@@ -85,7 +93,7 @@ def case():
 
 def test_scores_and_iou_are_those_of_the_objects(case):
     _, teacher, scene = case
-    score, iou = (np.asarray(x) for x in pgd.teacher_scores(teacher, scene.boxes))
+    score, iou = (np.asarray(x) for x in teacher_scores(teacher, scene.boxes))
     p = teacher.predictions
     probability = np.asarray(p.objectness)[..., None] * oracle.softmax(np.asarray(p.class_logits))
     for b in range(2):
@@ -107,7 +115,7 @@ def test_scores_and_iou_are_those_of_the_objects(case):
 
 def oracle_terms(student, teacher, scene, config, features=None):
     """All terms, from the outputs; mean over the valid scenes."""
-    score, iou = (np.asarray(x, float) for x in pgd.teacher_scores(teacher, scene.boxes))
+    score, iou = (np.asarray(x, float) for x in teacher_scores(teacher, scene.boxes))
     boxes, xyz = scene.boxes, np.asarray(teacher.raw.clusters.xyz, float)
     features = np.asarray(student.raw.proposal_features if features is None else features, float)
     found = []
@@ -163,8 +171,8 @@ def test_terms_equal_the_oracle(changes, num_boxes):
 def test_equal_networks_have_no_loss(case):
     _, teacher, scene = case
     total, terms = distil(teacher, teacher, scene)
-    assert total == 0
-    assert all(value == 0 for value in terms.values())
+    assert total < 1e-7  # the compiler may fuse the two sides' softmaxes differently
+    assert all(value < 1e-7 for value in terms.values())
 
 
 def test_attentions_sum_to_rows_and_channels():
@@ -179,7 +187,7 @@ def test_narrow_student_is_aligned_by_a_linear_layer(case):
     _, teacher, scene = case
     student = make_output(5, scene, size=4)
     module = pgd.build(CONFIG, None, None)
-    params = module.init(jax.random.key(0), student, teacher, scene, aligned=student)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), student, teacher, scene, aligned=student)["params"]
     assert jax.tree.map(jnp.shape, params) == {"align": {"kernel": (4, 8), "bias": (8,)}}
     total, _ = distil(student, teacher, scene, params)
     hint = student.raw.proposal_features @ params["align"]["kernel"] + params["align"]["bias"]
@@ -230,7 +238,7 @@ def test_gradients_are_finite_and_only_the_students(num_boxes):
         t = teacher._replace(raw=teacher.raw._replace(proposal_features=teacher_features))
         return distil(s, t, scene)[0]
 
-    to_student, to_teacher = jax.grad(loss, (0, 1))(
+    to_student, to_teacher = jax.jit(jax.grad(loss, (0, 1)))(
         jnp.asarray(student.raw.proposal_features), jnp.asarray(teacher.raw.proposal_features)
     )
     assert np.isfinite(to_student).all()

@@ -54,6 +54,17 @@ def test_turned_box_holds_its_corner_and_not_that_of_its_aligned_twin():
     np.testing.assert_array_equal(got[0, :, 0], [True, False, False])
 
 
+def test_margin_moves_every_face_by_its_full_length():
+    box = make_boxes([[0, 0, 0, 1, 1, 1, 0.0]], num_pads=0)
+    xyz = np.array([[[0.55, 0, 0], [0, -0.55, 0], [0, 0, 0.65], [0.45, 0, 0]]], np.float32)
+    mask = np.ones((1, 4), bool)
+    np.testing.assert_array_equal(
+        points_inside_boxes(xyz, mask, box, 0.06)[0, :, 0], [True, True, False, True]
+    )
+    np.testing.assert_array_equal(points_inside_boxes(xyz, mask, box, 0.04)[0, :, 0], [False] * 3 + [True])
+    assert not points_inside_boxes(xyz, mask, box, -0.06).any()
+
+
 def test_instances_follow_every_slot():
     instance = np.array([[[1, -1], [-1, -1], [2, 0], [3, -1]]], np.int32)  # box 3 is a pad
     seed_index, mask = np.array([[2, 0, 1, 3, 0]]), np.array([[True, True, True, True, False]])

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,19 @@ from vrdistill_jax.detectors.votenet import predictions_from_head
 from vrdistill_jax.distillers import sparsekd
 from vrdistill_jax.structs import Boxes, Predictions
 
+best_after_nms = jax.jit(sparsekd.best_after_nms, static_argnums=(2, 3))
 DETECTOR = ConfigDict({"class_names": ("a", "b", "c", "d")})
 
 
 def distil(student, teacher, scene, **changes):
     config = sparsekd.default_config()
     config.update(changes)
-    return sparsekd.build(config, DETECTOR, DETECTOR).apply({}, student, teacher, scene, aligned=student)
+    return run(sparsekd.build(config, DETECTOR, DETECTOR), student, teacher, scene)
+
+
+@partial(jax.jit, static_argnums=0)
+def run(module, student, teacher, scene):
+    return module.apply({}, student, teacher, scene, aligned=student)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +108,7 @@ def test_best_proposals_after_suppression():
     p = predictions([[0, 0, 0], [0.1, 0, 0], [5, 0, 0], [9, 0, 0], [20, 0, 0]])
     score = np.array([0.9, 0.8, 0.3, 0.7, 1.0], np.float32)  # row 1 is suppressed by row 0, row 4 is a pad
     for count, want in ((0, []), (1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (9, [0, 2, 3])):
-        got = np.flatnonzero(sparsekd.best_after_nms(p, score, count, 0.25))
+        got = np.flatnonzero(best_after_nms(p, score, count, 0.25))
         np.testing.assert_array_equal(got, want)
 
 
@@ -109,7 +117,7 @@ def test_top_k_restricts_the_pivotal_proposals(case):
     heat = sparsekd.class_heat(teacher.predictions).max(-1)
     keep = np.stack(
         [
-            sparsekd.best_after_nms(jax.tree.map(lambda x, b=b: x[b], teacher.predictions), heat[b], 2, 0.25)
+            best_after_nms(jax.tree.map(lambda x, b=b: x[b], teacher.predictions), heat[b], 2, 0.25)
             for b in range(2)
         ]
     )

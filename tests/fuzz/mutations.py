@@ -1,19 +1,12 @@
-"""Seeded damage: to bytes, text, JSON, Python objects, pickles, archives, PNG, Matlab and xz files.
+"""Seeded damage: to bytes, text, JSON and Python objects.
 
 Every function takes the intact content and a generator and gives damaged content. Those that know a format repair
 its checksums and compression around the damage, so that it reaches the code behind them.
 """
 
 import copy
-import io
 import json
-import lzma
-import pickle
-import pickletools
 import struct
-import warnings
-import zipfile
-import zlib
 
 import numpy as np
 
@@ -21,7 +14,26 @@ NUMBERS = [0, 1, -1, 2, 127, 128, 255, 32767, 65535, 2**31 - 1, -(2**31), 2**31,
 FLOATS = [float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 1e-320, 1e30, 3e38, -0.0]
 TOKENS = [
     *("0", "-1", "1e999", "-1e308", "nan", "inf", "99999999999", "9" * 30, "9" * 5000, "1e9", "0x10", "1_0"),
-    *("", " ", "\t", "\n", "\r", "\x00", "\x1b[31m", "\xff", "é", '"', "'", "{", "}", "[", "]", "[[", ",", ":"),
+    *(
+        "",
+        " ",
+        "\t",
+        "\n",
+        "\r",
+        "\x00",
+        "\x1b[31m",
+        "\xff",
+        "é",
+        '"',
+        "'",
+        "{",
+        "}",
+        "[",
+        "]",
+        "[[",
+        ",",
+        ":",
+    ),
     *("null", "true", "NaN", "x" * 300, "../../../etc/passwd", "/etc/passwd", "C:\\x", "%s%n", "\ud800"),
 ]
 NAMES = [
@@ -86,7 +98,17 @@ def boundaries(data: bytes) -> list[int]:
     """Where the parts of a file meet: after line ends, magic words and blocks."""
     found = [0, 1, 4, 8, 12, 128, len(data) - 1]
     found += [i + 1 for i in range(min(len(data), 600)) if data[i] == 10]
-    for magic in (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06", b"IDAT", b"IEND", b"IHDR", b"\xff\xda", b"OHDR", b"TREE"):
+    for magic in (
+        b"PK\x01\x02",
+        b"PK\x03\x04",
+        b"PK\x05\x06",
+        b"IDAT",
+        b"IEND",
+        b"IHDR",
+        b"\xff\xda",
+        b"OHDR",
+        b"TREE",
+    ):
         start = data.find(magic)
         while start >= 0 and len(found) < 200:
             found += [start, start + 4]
@@ -144,11 +166,50 @@ def endless_list() -> list:
 
 
 def strange_values(is_json: bool) -> list:
-    values = [None, True, -1, 0, 10**7, 2**31, 2**63, 2**64, 10**40, 1.5, float("nan"), float("inf"), -1e308, 1e308]
-    values += ["", "x", "\x1b[31m", "\ud800", "x" * 5000, *NAMES, [], {}, [[]], [1, "a"], {"a": 1}, [None] * 3]
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        10**7,
+        2**31,
+        2**63,
+        2**64,
+        10**40,
+        1.5,
+        float("nan"),
+        float("inf"),
+        -1e308,
+        1e308,
+        1e-320,
+    ]
+    values += [
+        "",
+        "x",
+        "\x1b[31m",
+        "\ud800",
+        "x" * 5000,
+        *NAMES,
+        [],
+        {},
+        [[]],
+        [1, "a"],
+        {"a": 1},
+        [None] * 3,
+    ]
     values += [deep_list(30), deep_list(200), [0.0] * 7, [float("nan")] * 6, [[1.0] * 4] * 4, "0" * 40]
     if not is_json:
-        values += [doubling(), doubling(list), endless_list(), b"", b"\xff", (1, 2), {1}, np.zeros(0), np.ones((4, 4))]
+        values += [
+            doubling(),
+            doubling(list),
+            endless_list(),
+            b"",
+            b"\xff",
+            (1, 2),
+            {1},
+            np.zeros(0),
+            np.ones((4, 4)),
+        ]
         values += [np.array([np.nan]), np.float32(1), np.int64(-5), np.array(["a", "b"]), complex(1, 2)]
         values += [np.zeros((1, 0, 3)), np.bool_(True), np.array(7), 1 << 20000]
     return values
@@ -196,193 +257,3 @@ def nested_json(data: bytes, depth: int, place) -> bytes:
     content = json.loads(data)
     place(content, "@@")
     return json.dumps(content).encode().replace(b'"@@"', b"[" * depth + b"]" * depth)
-
-
-# ---- Pickles
-
-
-def damage_pickle(data: bytes, rng, other: bytes = b"") -> bytes:
-    """Changes values of the pickled object, or the program itself at opcode boundaries."""
-    choice = rng.random()
-    if choice < 0.45 and b"torch" not in data:  # the intact file is our own, and of plain objects
-        content = retype(pickle.loads(data), rng, is_json=False)
-        return pickle.dumps(content, protocol=int(pick(rng, [2, 4, 5])))
-    if choice < 0.85:
-        return damage_program(data, rng)
-    return damage(data, rng, other)
-
-
-def damage_program(data: bytes, rng) -> bytes:
-    places = [position for _, _, position in pickletools.genops(data)] + [len(data)]
-    row = int(rng.integers(len(places) - 1))
-    start, stop = places[row], places[row + 1]
-    match int(rng.integers(5)):
-        case 0:
-            return data[:start] + data[stop:]
-        case 1:
-            return data[:start] + data[start:stop] * int(pick(rng, [2, 3, 1000])) + data[stop:]
-        case 2:
-            return data[:start] + hostile_program(rng) + data[start:]
-        case 3:
-            return data[:start] + hostile_program(rng) + data[stop:]
-        case _:
-            a = int(rng.integers(len(places) - 1))
-            return data[:start] + data[places[a] : places[a + 1]] + data[stop:]
-
-
-def hostile_program(rng) -> bytes:
-    """A piece of a pickle: calls of what must never run, wrong types, floods."""
-    calls = [b"cos\nsystem\n", b"cposix\nsystem\n", b"cbuiltins\neval\n", b"cbuiltins\nexec\n", b"cbuiltins\ngetattr\n"]
-    calls += [b"csubprocess\nPopen\n", b"cbuiltins\nopen\n", b"cnumpy\nload\n", b"cnumpy.f2py\nexec\n", b"cio\nopen\n"]
-    calls += [b"ccollections\nOrderedDict\n", b"cbuiltins\nbytearray\n", b"cnumpy\ndtype\n", b"c_codecs\nencode\n"]
-    calls += [b"cnumpy.core.multiarray\n_reconstruct\n", b"cnumpy.core.numeric\n_frombuffer\n", b"cbuiltins\nset\n"]
-    calls += [b"cpathlib\nPosixPath\n", b"cbuiltins\ncomplex\n", b"cnumpy.core.multiarray\nscalar\n"]
-    arguments = [b")", b"(S'touch MARK'\nt", b"(I1\nt", b"(N", b"(lp0\nt", b"(I99999999999\nt", b"(S'f8'\nI0\nI1\nt"]
-    others = [b"0", b"2", b"1", b"(", b"t", b"l", b"d", b"}", b"]", b")", b"a", b"e", b"s", b"u", b"b", b"R", b"\x81", b"Q"]
-    others += [b"\x92", b"\x93", b"\x94", b"\x97", b"\x98", b"\x82\x01", b"I-1\n", b"Fnan\n", b"L" + b"9" * 5000 + b"L\n"]
-    others += [b"\x8b\xff\xff\xff\x7f", b"\x8d" + b"\xff" * 8, b"\x95" + b"\xff" * 8, b"r\xff\xff\xff\xff", b"h\x00", b"."]
-    others += [b"X\x03\x00\x00\x00\xed\xa0\x80", b"(i__main__\nx\n", b"Pabc\n", b"\x8f", b"\x90", b"\x91", b"}\x94]\x94"]
-    if rng.random() < 0.5:
-        return pick(rng, calls) + pick(rng, arguments) + pick(rng, [b"R", b"\x81", b"R0", b""])
-    return b"".join(pick(rng, others) for _ in range(int(rng.integers(1, 6))))
-
-
-# ---- Archives and compressed files
-
-
-def read_zip(data: bytes) -> list[tuple[str, bytes]]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return [(name, archive.read(name)) for name in archive.namelist()]
-
-
-def write_zip(entries, compression=zipfile.ZIP_STORED) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", compression) as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a name that occurs twice
-        for name, content in entries:
-            info = zipfile.ZipInfo("x")
-            info.filename, info.compress_type = name, compression
-            archive.writestr(info, content)
-    return stream.getvalue()
-
-
-def damage_zip(data: bytes, rng, other: bytes = b"") -> bytes:
-    """Damages an entry and packs it again, or the archive's own records."""
-    if rng.random() < 0.35:
-        return damage(data, rng, other)
-    entries = read_zip(data)
-    row = int(rng.integers(len(entries)))
-    name, content = entries[row]
-    compression = zipfile.ZIP_STORED
-    match int(rng.integers(8)):
-        case 0:
-            name = pick(rng, [*NAMES[:4], "\x1b[2J.npy", "x" * 300 + ".npy", "../" + name, "/" + name, "é.npy"])
-        case 1:
-            entries.append((name, content))
-        case 2:
-            compression = int(pick(rng, [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]))
-            if rng.random() < 0.6:
-                packed = write_zip(_with(entries, row, (name, content)), compression)
-                return damage(packed, rng, data)
-        case 3:
-            name, content = entries[int(rng.integers(len(entries)))][0], content
-        case _:
-            content = damage_pickle(content, rng) if name.endswith(".pkl") else damage(content, rng, other)
-    try:
-        return write_zip(_with(entries, row, (name, content)), compression)
-    except (UnicodeEncodeError, ValueError):
-        return damage(data, rng, other)
-
-
-def _with(entries, row, entry):
-    return [*entries[:row], entry, *entries[row + 1 :]]
-
-
-def damage_xz(data: bytes, rng, other: bytes = b"") -> bytes:
-    if rng.random() < 0.4:
-        return damage(data, rng, other)
-    content = lzma.decompress(data)
-    content = damage_zip(content, rng) if content.startswith(b"PK") else damage(content, rng)
-    return lzma.compress(content, preset=0)
-
-
-# ---- PNG and Matlab
-
-
-def damage_png(data: bytes, rng, other: bytes = b"") -> bytes:
-    """Damages a chunk and repairs its checksum."""
-    if rng.random() < 0.4:
-        return damage(data, rng, other)
-    chunks, at = [], 8
-    while at + 12 <= len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
-        at += 12 + size
-    row = int(rng.integers(len(chunks)))
-    kind, body = chunks[row]
-    match int(rng.integers(5)):
-        case 0:
-            chunks[row] = (kind, damage(body, rng))
-        case 1:
-            chunks[0] = (b"IHDR", damage(chunks[0][1], rng)[:13].ljust(13, b"\0"))
-        case 2:
-            chunks.insert(row, chunks[row])
-        case 3:
-            names = [b"iCCP", b"zTXt", b"iTXt", b"tEXt", b"PLTE", b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"gAMA"]
-            bomb = b"a\0\0" + zlib.compress(bytes(1 << int(pick(rng, [4, 16, 24]))))
-            chunks.insert(1 + int(rng.integers(len(chunks))), (pick(rng, names), pick(rng, [bomb, b"", rng.bytes(30)])))
-        case _:
-            del chunks[row]
-    return data[:8] + b"".join(png_chunk(*chunk) for chunk in chunks)
-
-
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def damage_mat(data: bytes, rng, other: bytes = b"") -> bytes:
-    """Damages what the compressed variables of a version 5 file hold, or the file."""
-    if rng.random() < 0.3 or data[124:128] != b"\x00\x01IM":
-        return damage(data, rng, other)
-    parts, at = [], 128
-    while at + 8 <= len(data):
-        kind, size = struct.unpack_from("<II", data, at)
-        parts.append((kind, data[at + 8 : at + 8 + size]))
-        at += 8 + size
-    row = int(rng.integers(len(parts)))
-    kind, body = parts[row]
-    if kind == 15:
-        body = zlib.compress(damage(zlib.decompress(body), rng))
-    else:
-        body = damage(body, rng)
-    parts[row] = (kind, body)
-    return data[:128] + b"".join(struct.pack("<II", k, len(b)) + b for k, b in parts)
-
-
-BY_ENDING = {
-    ".json": damage_json,
-    ".txt": damage_text,
-    ".tsv": damage_text,
-    ".ply": damage_text,
-    ".pcd": damage_text,
-    ".npz": damage_zip,
-    ".pkl": damage_pickle,
-    ".png": damage_png,
-    ".mat": damage_mat,
-}
-
-
-def damage_file(name: str, data: bytes, rng, other: bytes = b"") -> bytes:
-    """Damages a file in the way that suits its name and content; `other` is another file to splice in."""
-    if data.startswith(b"PK"):
-        mutate = damage_zip
-    elif data.startswith(b"\xfd7zXZ"):
-        mutate = damage_xz
-    else:
-        mutate = BY_ENDING.get(name[name.rfind(".") :].lower(), damage)
-    if rng.random() < 0.2:
-        mutate = damage
-    out = mutate(data, rng, other)
-    while out == data or rng.random() < 0.15:
-        out = damage(out, rng, other)
-    return out

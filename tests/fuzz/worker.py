@@ -2,14 +2,15 @@
 
     python tests/fuzz/worker.py PLAN.json
 
-The plan has `groups` of readers, the `folder` to work in, the `log`, the `count` of cases of each reader, and where
-to begin (`first`, by reader; 0). A case is a reader and a number. The log gets a JSON line before each case and one after it, so that a case that ends
-the process is known. No limit is left to the reader's good will: processor time by a signal, wall time by a
-watchdog thread of the interpreter, memory by the kernel and by the process's own peak, and whatever opens, imports
-or starts something it should not is reported by the interpreter's audit events.
+The plan has `groups` of readers, the `folder` to work in, the `log`, the `count` of cases of each reader
+(`all_hostile` adds the hand-made ones beyond it), and where to begin (`first`, by reader; 0). A case is a reader and
+a number. The log gets a JSON line before each case and one after it, so that a case that ends the process is known.
+
+No limit is left to the reader's good will: processor time by a signal, wall time by one that
+nobody handles, memory by the kernel and by the process's own peak, and whatever opens, imports or starts something it
+should not is reported by the interpreter's audit events.
 """
 
-import faulthandler
 import json
 import os
 import pathlib
@@ -27,13 +28,22 @@ for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
 import numpy as np  # noqa: E402
-from fuzz import mutations, readers  # noqa: E402
+from fuzz import file_mutations, mutations, readers, samples  # noqa: E402
 
 CPU_SECONDS = 5.0  # of a case; a plan may set it
-WALL_SECONDS = 40.0
+WALL_SECONDS = 120.0
 ADDRESS_SPACE = 3 << 30  # on top of what the process has
 RESULT_BYTES = (4 << 20, 300)  # of a result: constant, and per byte of the files
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn", "socket.", "ctypes.")
+FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "pty.spawn",
+    "socket.",
+    "ctypes.",
+)
 FORBIDDEN += ("pickle.find_class", "shutil.", "os.remove", "os.rename", "os.mkdir", "os.chmod", "os.link")
 FORBIDDEN += ("os.symlink", "os.truncate", "os.putenv", "webbrowser.", "urllib.", "ftplib.", "builtins.input")
 
@@ -59,14 +69,16 @@ class Watch:
                 return
             written = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             real = os.path.realpath(os.fsdecode(path))
-            inside = real.startswith(str(self.folder) + os.sep)
-            if (written and "__pycache__" not in real) or not (inside or any(real.startswith(a) for a in self.allowed)):
+            inside = real == str(self.folder) or real.startswith(str(self.folder) + os.sep)
+            if (written and "__pycache__" not in real) or not (
+                inside or any(real.startswith(a) for a in self.allowed)
+            ):
                 self.seen.append(f"open {real!a} mode {mode}")
         elif event.startswith(FORBIDDEN):
             self.seen.append(f"{event} {str(arguments)[:200]}")
 
 
-def run_case(name: str, reader: readers.Reader, number: int, folder: pathlib.Path, watch: Watch) -> dict:
+def run_case(name: str, reader: samples.Reader, number: int, folder: pathlib.Path, watch: Watch) -> dict:
     """Damages the files, reads them, puts them back."""
     rng = np.random.default_rng([zlib.crc32(name.encode()), number])
     changed, kind = damaged_files(reader, number, rng)
@@ -94,7 +106,7 @@ def replace(path: pathlib.Path, content: bytes | str | None) -> None:
         path.mkdir()
 
 
-def damaged_files(reader: readers.Reader, number: int, rng) -> tuple[dict[str, bytes | str | None], str]:
+def damaged_files(reader: samples.Reader, number: int, rng) -> tuple[dict[str, bytes | str | None], str]:
     """Case 0 is the intact sample; of the next ones every other is hand-made, as long as there are any."""
     hostile = sorted(reader.hostile)
     if number == 0:
@@ -112,20 +124,24 @@ def damaged_files(reader: readers.Reader, number: int, rng) -> tuple[dict[str, b
         if rng.random() < 0.02:
             changed[name] = mutations.pick(rng, [None, "folder", b"", other])
         else:
-            changed[name] = mutations.damage_file(name, reader.files[name], rng, other)
+            changed[name] = file_mutations.damage_file(name, reader.files[name], rng, other)
     return changed, "random: " + ", ".join(changed)
 
 
-def call(reader: readers.Reader, folder: pathlib.Path, size: int, watch: Watch) -> dict:
+def call(reader: samples.Reader, folder: pathlib.Path, size: int, watch: Watch) -> dict:
     """Calls the reader under all limits; "problem" is set if it broke a rule."""
     before = reset_peak()
     watch.seen, watch.folder = [], folder
     problem, message, result = "", "", None
     start = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    faulthandler.dump_traceback_later(WALL_SECONDS, exit=True)
+    signal.setitimer(
+        signal.ITIMER_REAL, WALL_SECONDS
+    )  # not handled: the kernel ends the process, whatever it does
     try:
-        with warnings.catch_warnings():  # a damaged number must not reach the user as a warning of NumPy either
+        with (
+            warnings.catch_warnings()
+        ):  # a damaged number must not reach the user as a warning of NumPy either
             warnings.simplefilter("error")
             warnings.simplefilter("ignore", DeprecationWarning)
             result = reader.read(folder)
@@ -138,7 +154,7 @@ def call(reader: readers.Reader, folder: pathlib.Path, size: int, watch: Watch) 
         problem = f"raised {type(error).__name__}: {str(error)[:300]!a} at {where(error)}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         watch.folder = None
     seconds, peak = time.process_time() - start, peak_memory() - before
     if watch.seen:
@@ -155,7 +171,7 @@ def call(reader: readers.Reader, folder: pathlib.Path, size: int, watch: Watch) 
     return {"message": message[:300], "problem": problem, "seconds": seconds, "peak": max(peak, 0)}
 
 
-def problem_of_error(error: ValueError, message: str, folder: pathlib.Path, reader: readers.Reader) -> str:
+def problem_of_error(error: ValueError, message: str, folder: pathlib.Path, reader: samples.Reader) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError):
@@ -164,7 +180,7 @@ def problem_of_error(error: ValueError, message: str, folder: pathlib.Path, read
     if reader.names_file and str(folder) not in message:
         return f"names no file: {message[:300]!a} at {where(error)}"
     try:
-        readers.check_message(message)
+        samples.check_message(message)
     except AssertionError as found:
         return str(found)
     return ""
@@ -233,7 +249,9 @@ def main(plan_path: str) -> None:
     CPU_SECONDS = plan.get("cpu_seconds", CPU_SECONDS)
     root = pathlib.Path(plan["folder"]).resolve()
     table = {name: reader for group in plan["groups"] for name, reader in readers.make_group(group).items()}
-    (root / "readers.json").write_text(json.dumps({name: len(reader.hostile) for name, reader in table.items()}))
+    (root / "readers.json").write_text(
+        json.dumps({name: len(reader.hostile) for name, reader in table.items()})
+    )
     os.chdir(root)  # where MARK would appear
     signal.signal(signal.SIGPROF, _too_slow)
     watch = Watch()
@@ -248,7 +266,10 @@ def main(plan_path: str) -> None:
     limit_memory()
     with open(plan["log"], "a", buffering=1) as stream:
         for name, reader in table.items():
-            for number in range(plan["first"].get(name, 0), plan["count"]):
+            last = max(plan["count"], 2 * len(reader.hostile)) if plan.get("all_hostile") else plan["count"]
+            for number in range(plan["first"].get(name, 0), last):
+                if number >= plan["count"] and number % 2 == 0:
+                    continue
                 stream.write(json.dumps({"reader": name, "case": number}) + "\n")
                 outcome = run_case(name, reader, number, root / name, watch)
                 stream.write(json.dumps({"reader": name, "case": number, **outcome}) + "\n")

@@ -80,6 +80,7 @@ def test_another_config_is_refused(tmp_path):
     check_same_config(tmp_path, CONFIG)
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     check_same_config(tmp_path, tiny_config())
+    check_same_config(tmp_path, tiny_config(**{"dataset.num_threads": 7, "train.log_every": 3}))
     with pytest.raises(ValueError, match=r"train.batch_size: 2 there, 4 here"):
         check_same_config(tmp_path, tiny_config(**{"train.batch_size": 4}))
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 from scenes import make_batch, make_sample, tiny_config
@@ -16,7 +18,8 @@ from vrdistill_jax import train as train_verb
 from vrdistill_jax.detectors import votenet
 from vrdistill_jax.distillers import DISTILLERS, find_distiller
 from vrdistill_jax.predict import Predictor
-from vrdistill_jax.recipes import default_teacher_config
+from vrdistill_jax.recipes import default_teacher_config, student_config, synthrooms_config
+from vrdistill_jax.training import teacher_guided
 from vrdistill_jax.training.checkpoint import (
     RunCheckpoints,
     load_inference_checkpoint,
@@ -26,6 +29,7 @@ from vrdistill_jax.training.distill import (
     check_same_input,
     hash_weights,
     init_distillers,
+    init_student,
     load_teacher,
     make_distill_step,
     make_distillation,
@@ -33,6 +37,7 @@ from vrdistill_jax.training.distill import (
 from vrdistill_jax.training.state import init_state, init_variables
 from vrdistill_jax.training.step import make_train_step
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 MOMENTUM = optax.constant_schedule(0.3)
 
 
@@ -87,11 +92,8 @@ def test_every_method_learns_and_stays_finite_without_boxes(teacher_dir, tmp_pat
     assert set(state.distiller.params) == set(DISTILLERS)
     for name in DISTILLERS:
         assert metrics[f"{name}/total"] > 0, name
-        for a, b in zip(
-            jax.tree.leaves(before.distiller.params[name]), jax.tree.leaves(state.distiller.params[name]), strict=True
-        ):
-            assert np.isfinite(b).all()
-            del a
+    for leaf in jax.tree.leaves(state.distiller.params):
+        assert np.isfinite(leaf).all()
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, state.params)
     assert sum(jax.tree.leaves(moved)) > len(jax.tree.leaves(moved)) / 2
 
@@ -110,7 +112,9 @@ def test_methods_of_weight_zero_do_nothing_to_the_student(teacher_dir, tmp_path)
     np.testing.assert_allclose(metrics["total"], plain_metrics["total"], rtol=1e-6)
     np.testing.assert_allclose(metrics["gradient_norm"], plain_metrics["gradient_norm"], rtol=1e-4)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.batch_stats, plain.batch_stats
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        state.batch_stats,
+        plain.batch_stats,
     )
     assert jax.tree.structure(state.variables) == jax.tree.structure(plain.variables)
 
@@ -125,6 +129,52 @@ def test_distiller_parameters_decay_on_their_own(teacher_dir, tmp_path):
     params = {"w": np.float32([2.0])}
     updates, _ = optimizer.update({"w": np.float32([0.0])}, optimizer.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.1 * 0.5 * 2.0, rtol=1e-5)
+
+
+def test_teacher_guided_start_and_labels(teacher_dir, tmp_path):
+    """The student starts from a slice of the teacher; the teacher's boxes enter the detection loss only."""
+    config = distill_config(teacher_dir, ("vrdistill",))
+    config.distiller.teacher_guided = teacher_guided.default_config()
+    teacher = load_teacher(config, tmp_path)
+    assert init_student(config, teacher, {"params": 1}) == {"params": 1}
+    config.distiller.teacher_guided.update(initialize=True, label=True, label_threshold=0.0)
+    batch = make_batch(config)
+    variables = init_variables(votenet.build(config.detector), jax.random.key(0), *batch_inputs(batch))
+    variables = init_student(config, teacher, variables)
+    kernel = variables["params"]["voting_out"]["kernel"]
+    np.testing.assert_array_equal(kernel, teacher.variables["params"]["voting_out"]["kernel"][:32, :35])
+
+    step, state, constants = start(config, tmp_path, batch)
+    _, metrics = step(state, batch, jax.random.key(2), *constants)
+    config.distiller.teacher_guided.label = False
+    step, state, constants = start(config, tmp_path, batch)
+    _, plain = step(state, batch, jax.random.key(2), *constants)
+    assert metrics["labels/added"] > 0
+    assert "labels/added" not in plain
+    np.testing.assert_allclose(metrics["vrdistill/total"], plain["vrdistill/total"], rtol=1e-5)
+    assert abs(metrics["detection"] - plain["detection"]) > 1e-3
+
+
+def batch_inputs(batch):
+    return batch.scene.points, batch.pyramid
+
+
+def test_proposals_at_given_clusters():
+    """The second pass equals a whole pass with the same clusters; at the student's own ones it changes nothing."""
+    config = tiny_config()
+    model, batch = votenet.build(config.detector), make_batch(config)
+    inputs = batch_inputs(batch)
+    variables = init_variables(model, jax.random.key(0), *inputs)
+    output = model.apply(variables, *inputs, train=False)
+    index = np.stack([np.random.default_rng(b).permutation(32)[:10] for b in range(2)]).astype(np.int32)
+    again = model.apply(variables, output, index, train=False, method="propose_at")
+    whole = model.apply(variables, *inputs, train=False, cluster_index=index)
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    np.testing.assert_array_equal(again.raw.cluster_index, index)
+    np.testing.assert_array_equal(again.taps["clusters"].xyz[1, 3], output.taps["votes"].xyz[1, index[1, 3]])
+    assert again.predictions.center.shape == (2, 10, 3)
+    same = model.apply(variables, output, output.raw.cluster_index, train=False, method="propose_at")
+    jax.tree.map(np.testing.assert_array_equal, same, output)
 
 
 # ---- Teacher
@@ -187,6 +237,62 @@ def test_methods_are_named(teacher_dir, tmp_path):
         make_distillation(config, teacher, MOMENTUM)
 
 
+# ---- Configs
+
+
+@pytest.mark.parametrize("size", ["teacher", "full", "tiny"])
+def test_students_fit_their_teachers(size):
+    teacher = synthrooms_config(size)
+    for width, share in (("half", 0.5), ("quarter", 0.25)):
+        student = student_config(("vrdistill",), width, size)
+        assert student.detector.width == share * teacher.detector.width
+        check_same_input(student.detector, teacher.detector)
+        votenet.build(student.detector)
+        assert student.optimizer.distiller_weight_decay == 1e-2
+        assert student.distiller.methods.vrdistill.layers == 4
+    alone = student_config((), "half", size)
+    assert "distiller" not in alone
+    assert "teacher" not in alone
+    assert alone.detector == student_config(("seed",), "half", size).detector
+    assert teacher.detector.width == (0.25 if size == "tiny" else 1.0)
+
+
+def test_config_of_the_verb():
+    path = ROOT / "configs" / "distill" / "student.py"
+    spec = importlib.util.spec_from_file_location("student", path)
+    student = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(student)
+    config = student.get_config("seed+fgd,quarter,full,sunrgbd")
+    assert set(config.distiller.methods) == {"seed", "fgd"}
+    assert config.dataset.name == "sunrgbd"
+    assert config.optimizer.name == "adamw"
+    assert config.optimizer.learning_rate == 0.005
+    assert "distiller" not in student.get_config("none,half")
+    for arguments, message in (
+        ("", "name a method"),
+        ("kd", "unknown distiller 'kd'"),
+        ("seed,third", "unknown 'third'; known: same, half, quarter"),
+        ("seed,half,teacher,kitti", "unknown 'kitti'"),
+        ("seed,half,teacher,scannet,x", "expected METHOD,WIDTH,SIZE,DATASET"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            student.get_config(arguments)
+
+
+def test_a_missing_teacher_is_one_message():
+    done = subprocess.run(
+        [sys.executable, "-m", "vrdistill_jax.train", "--config=configs/distill/vrdistill_half.py:tiny"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "config.teacher.checkpoint is empty" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # ---- The whole verb
 
 
@@ -201,11 +307,22 @@ def sources(monkeypatch):
         monkeypatch.setattr(verb, "open_source", open_source)
 
 
+@pytest.fixture
+def kept_compilations(tmp_path):
+    """The same program is compiled once, however often the test starts a run."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "compiled"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 class Killed(Exception):
     pass
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(teacher_dir, tmp_path, sources, monkeypatch, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    teacher_dir, tmp_path, sources, kept_compilations, monkeypatch, capsys
+):
     config = distill_config(teacher_dir, ("vrdistill", "mgd"))  # mgd draws random numbers
     given = config.to_json()
     whole = train_verb.train(config, tmp_path / "whole")
@@ -239,11 +356,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(teacher_dir, tmp_path, source
         assert 0 <= records[0]["teacher/mAP@0.25"] == stored.teacher.mAP_25 <= 1
         assert {"train/vrdistill/dis", "train/mgd/total", "train/detection"} <= set(records[1])
         assert stored.teacher.weights_sha256 == hash_weights(load_inference_checkpoint(teacher_dir)[0])
-        assert json.loads((tmp_path / name / "config.json").read_text())["teacher"] == stored.teacher.to_dict()
+        assert (
+            json.loads((tmp_path / name / "config.json").read_text())["teacher"] == stored.teacher.to_dict()
+        )
     jax.tree.map(np.testing.assert_array_equal, variables["whole"], variables["resumed"])
-    states = [restore(tmp_path / name, config, teacher_dir) for name in ("whole", "resumed")]
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    assert states[0].distiller.params["vrdistill"]["refinement"]["offset_out0"]["kernel"].any()
+    items = [read_training_items(tmp_path / name) for name in ("whole", "resumed")]
+    jax.tree.map(np.testing.assert_array_equal, *items)
+    learned = items[0]["distiller"]["params"]["vrdistill"]
+    assert learned["refinement"]["offset_out0"]["kernel"].any()
 
     # What the student leaves behind is an ordinary detector.
     scene, pyramid = make_batch(config)
@@ -259,12 +379,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(teacher_dir, tmp_path, source
         train_verb.train(other, tmp_path / "whole")
 
 
-def restore(workdir, config, teacher_dir):
-    config = distill_config(teacher_dir, tuple(config.distiller.methods))
-    batch = make_batch(config)
-    _, state, _ = start(config, workdir, batch)
-    with RunCheckpoints(workdir, config) as checkpoints:
-        return checkpoints.restore(state._replace(opt_state=None) if False else state)
+def read_training_items(workdir):
+    """Step, optimisers and distiller parameters of the last checkpoint, as they lie on disk."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        items = ocp.args.Composite(training=ocp.args.StandardRestore())
+        return manager.restore(4, args=items).training
 
 
 DEVICES = """
@@ -278,6 +397,7 @@ from vrdistill_jax.training.parallel import AXIS, map_train_step
 from vrdistill_jax.training.state import init_state, init_variables
 from test_distill import distill_config
 
+NAMES = "total", "vrdistill/total", "vrdistill/ref", "pgd/total", "gradient_norm", "distiller_gradient_norm"
 config = distill_config(sys.argv[1], ("vrdistill", "pgd"))
 config.distiller.methods.vrdistill.reduction = "sum"
 batches = [make_batch(config, range(4 * k, 4 * k + 4), num_boxes=1 + k, train=True) for k in range(2)]
@@ -292,12 +412,13 @@ def run(axis_name):
     distillation = make_distillation(config, teacher, optax.constant_schedule(0.0), axis_name)._replace(optimizer=optimizer)
     learned = init_distillers(distillation, jax.random.key(1), model, variables, batches[0])
     state = init_state(variables, optimizer)._replace(distiller=learned)
-    step = make_distill_step(model, votenet.loss, config.detector, optimizer, optax.constant_schedule(0.3), distillation, axis_name)
+    momentum = optax.constant_schedule(0.3)
+    step = make_distill_step(model, votenet.loss, config.detector, optimizer, momentum, distillation, axis_name)
     step = map_train_step(step, num_constants=1) if axis_name else jax.jit(step)
     losses = []
     for batch in batches:
         state, metrics = step(state, batch, jax.random.key(2), teacher.variables)
-        losses.append([float(metrics[k]) for k in ("total", "vrdistill/total", "vrdistill/ref", "pgd/total", "gradient_norm", "distiller_gradient_norm")])
+        losses.append([float(metrics[k]) for k in NAMES])
     return jax.tree.map(np.asarray, state), np.array(losses)
 
 one, one_losses = run(None)

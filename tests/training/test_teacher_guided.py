@@ -9,12 +9,13 @@ from vrdistill_jax.structs import Detections, Predictions
 from vrdistill_jax.training import teacher_guided
 from vrdistill_jax.training.teacher_guided import (
     LAYOUTS,
-    append_detections,
     guided_variables,
     label_detections,
     slice_teacher,
 )
 
+append_detections = jax.jit(teacher_guided.append_detections, static_argnames=("threshold", "max_iou"))
+loss = jax.jit(lambda output, scene: votenet.loss(output, scene, tiny_config().detector)[1])
 WIDTH = 0.125  # of the teacher; the student's is half of it
 
 
@@ -242,8 +243,8 @@ def test_the_detection_loss_sees_added_boxes(networks):
     rows = np.concatenate([target[0, 0] + [0.0, 0.0, 0.0], [0.05, 0.05, 0.05, 0.0]])
     scene, count = append_detections(batch.scene, detections_of([rows], [0.9], batch=1), max_iou=1.1)
     assert count.added == 1
-    before = votenet.loss(output, batch.scene, wide.detector)[1]
-    after = votenet.loss(output, scene, wide.detector)[1]
+    before = loss(output, batch.scene)
+    after = loss(output, scene)
     assert after["positive_share"] > before["positive_share"]
     assert after["vote"] == before["vote"]  # votes are learnt from the ground truth alone
 

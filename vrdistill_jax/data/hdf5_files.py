@@ -12,7 +12,16 @@ import numpy as np
 from vrdistill_jax.data.point_tables import expansion_limit
 
 # What h5py raises for damaged files, besides OSError.
-HDF5_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError)
+HDF5_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
 _FEWEST_ITEMS = 4096
 _BYTES_PER_ITEM = 16  # of the file; an item that the file holds only once takes more
 

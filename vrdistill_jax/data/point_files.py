@@ -72,7 +72,7 @@ def read_points(path: str | os.PathLike, columns: int | None = None) -> PointClo
       PointFileError: if the file is missing, empty, truncated, damaged, of another kind or ambiguous.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for names that no system allows
         raise PointFileError(path, "is not a file but a folder", "name the scan in it")
     suffix = path.suffix.lower()
     if suffix == ".laz":

@@ -152,9 +152,7 @@ def read_ply_table(path: pathlib.Path, stream: BinaryIO, size: int, names: tuple
         after = elements[row + 1 :]
         left = size - stream.tell() - sum(element.rows * element.dtype(order).itemsize for element in after)
         if left > 0 and not any(element.has_list for element in after):
-            notes.append(
-                f"{left} bytes follow the data that the header announces; its counts may be wrong"
-            )
+            notes.append(f"{left} bytes follow the data that the header announces; its counts may be wrong")
     return PlyTable(
         columns=dict(zip(wanted, values, strict=True)),
         kinds={name: vertex.properties[i][1] for name, i in wanted.items()},

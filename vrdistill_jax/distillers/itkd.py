@@ -25,7 +25,7 @@ from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.losses.box import nearest, squared_distances
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.mlp import Dense
-from vrdistill_jax.structs import DetectorOutput, Scene
+from vrdistill_jax.structs import Boxes, DetectorOutput, Scene
 
 NEEDS_ALIGNED = True
 
@@ -114,15 +114,17 @@ class ITKD(nn.Module):
         if aligned is None or scene.boxes is None:
             raise ValueError("itkd needs scene.boxes and the student's output at the teacher's clusters")
         teacher = jax.lax.stop_gradient(teacher)
-        code, interchange = self._seeds(student, teacher, scene)
+        code, interchange = self._seeds(student, teacher, scene, scene.boxes)
         terms = {
             "code": self.weight * self.code * code,
             "interchange": self.weight * self.interchange * interchange,
-            "attention": self.weight * self.attention * self._head(aligned, teacher, scene),
+            "attention": self.weight * self.attention * self._head(aligned, teacher, scene, scene.boxes),
         }
         return sum(terms.values(), start=jnp.zeros(())), terms
 
-    def _seeds(self, student: DetectorOutput, teacher: DetectorOutput, scene: Scene) -> tuple[Array, Array]:
+    def _seeds(
+        self, student: DetectorOutput, teacher: DetectorOutput, scene: Scene, boxes: Boxes
+    ) -> tuple[Array, Array]:
         """How far the codes, and the decoded features, are from each other."""
         pairs = pair_points(student, teacher, scene, "seeds")
         fs, ft, valid = pairs.student, pairs.teacher, pairs.mask
@@ -133,8 +135,8 @@ class ITKD(nn.Module):
         code_s, code_t = encode(lift(fs)), encode(ft)
         into_teacher, into_student = lift(decode(code_s)), decode(code_t)
 
-        _, cell = nearest(squared_distances(scene.boxes.center, pairs.xyz), valid)
-        present = scene.boxes.mask & jnp.any(valid, -1, keepdims=True)
+        _, cell = nearest(squared_distances(boxes.center, pairs.xyz), valid)
+        present = boxes.mask & jnp.any(valid, -1, keepdims=True)
 
         def mean_gap(a, b):
             return masked_mean(jnp.mean(jnp.abs(a - b), -1), valid, self.axis_name)
@@ -150,7 +152,7 @@ class ITKD(nn.Module):
         interchange += mean_gap(into_student, fs) + object_gap(into_student, fs)
         return mean_gap(code_s, code_t), interchange
 
-    def _head(self, aligned: DetectorOutput, teacher: DetectorOutput, scene: Scene) -> Array:
+    def _head(self, aligned: DetectorOutput, teacher: DetectorOutput, scene: Scene, boxes: Boxes) -> Array:
         """How far the head's channel attention is from the teacher's, per object."""
         clusters, groups = teacher.raw.clusters, head_groups(teacher)
         size = sum(groups)
@@ -159,8 +161,8 @@ class ITKD(nn.Module):
                 f"itkd compares heads channel by channel, but the student's groups {head_groups(aligned)} are not the "
                 f"teacher's {groups}; give both detectors the same classes, mean sizes and heading bins"
             )
-        present = scene.boxes.mask & jnp.any(clusters.mask, -1, keepdims=True) & scene.mask[:, None]
-        _, row = nearest(squared_distances(scene.boxes.center, clusters.xyz), clusters.mask)
+        present = boxes.mask & jnp.any(clusters.mask, -1, keepdims=True) & scene.mask[:, None]
+        _, row = nearest(squared_distances(boxes.center, clusters.xyz), clusters.mask)
         mix = Dense(2 * size, size, name="mix")
 
         def relate(output):

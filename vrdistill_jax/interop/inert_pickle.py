@@ -13,6 +13,7 @@ import math
 import pathlib
 import pickletools
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,9 @@ class UnsafeCheckpointError(ValueError):
     @classmethod
     def naming(cls, what: str) -> "UnsafeCheckpointError":
         """The error for a class, function or opcode that is not on the list."""
-        return cls(f"the checkpoint asks for {printable(what, 400)}, which is not on the list of harmless types; {_REMEDY}")
+        return cls(
+            f"the checkpoint asks for {printable(what, 400)}, which is not on the list of harmless types; {_REMEDY}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,6 +329,8 @@ def _array(data: Any, kind: Any, shape: Any, order: str) -> np.ndarray:
         raise CheckpointFileError(
             f"a NumPy array of the checkpoint has {len(data)} bytes for the shape {shape} and type {dtype}"
         )
+    if dtype.kind == "U" and (np.frombuffer(data, f"{dtype.byteorder}u4") > sys.maxunicode).any():
+        raise CheckpointFileError("a NumPy array of text holds numbers that are no characters")
     return np.frombuffer(bytes(data), dtype).reshape(shape, order="F" if order == "F" else "C")
 
 

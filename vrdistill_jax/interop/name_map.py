@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vrdistill_jax.data.point_tables import printable
+
+MAX_VALUES = 1 << 27  # of a network; these detectors have at most some 2^24
 Tensors = Mapping[str, np.ndarray]
 Variables = dict[str, Any]
 
@@ -81,6 +84,9 @@ def map_tensors(tensors: Tensors, rules: Iterable[Rule]) -> Variables:
             f"{len(left)} unknown "
             f"({_few(left)}); check --detector and that the checkpoint is of an unmodified model"
         )
+    count = sum(np.size(tensors[name]) for name in taken)
+    if count > MAX_VALUES:  # a small file can hold large tensors that repeat one number
+        raise ValueError(f"the checkpoint's tensors hold {count} numbers, more than {MAX_VALUES}")
     variables: Variables = {"params": {}, "batch_stats": {}}
     for rule in rules:
         try:
@@ -161,7 +167,7 @@ def find_state_dict(checkpoint: Any, containers: Iterable[str]) -> dict[str, np.
         or not all(isinstance(v, np.ndarray) for v in state.values())
     ):
         found = (
-            ", ".join(map(str, list(checkpoint)[:8]))
+            ", ".join(printable(str(key), 60) for key in list(checkpoint)[:8])
             if isinstance(checkpoint, Mapping)
             else type(checkpoint).__name__
         )
@@ -182,5 +188,5 @@ def _numbers(value: Any) -> np.ndarray:
 
 
 def _few(names: list[str], separator: str = ", ") -> str:
-    shown = separator.join(names[:6]) or "none"
+    shown = separator.join(printable(name, 200) for name in names[:6]) or "none"
     return shown + (f"{separator}and {len(names) - 6} more" if len(names) > 6 else "")

@@ -51,7 +51,9 @@ class _Storage(NamedTuple):
     """The flat memory that tensors are views of; `array` is None while only the names are collected."""
 
     array: np.ndarray | None
-    decoded: dict[str, np.ndarray] | None = None  # an untyped storage as numbers, by type: each is decoded once
+    decoded: dict[str, np.ndarray] | None = (
+        None  # an untyped storage as numbers, by type: each is decoded once
+    )
 
 
 class _StorageName(NamedTuple):

@@ -24,6 +24,16 @@ from orbax.checkpoint import checkpoint_managers as policies
 from vrdistill_jax.training.state import TrainState
 
 BEST_METRIC = "mAP@0.25"
+# Entries that a resumed run may have otherwise: they change neither data nor parameters.
+FREE_TO_CHANGE = (
+    "dataset.data_dir",
+    "dataset.num_threads",
+    "dataset.num_workers",
+    "train.checkpoint_every",
+    "train.eval_batch_size",
+    "train.eval_every",
+    "train.log_every",
+)
 
 
 class RunCheckpoints:
@@ -103,7 +113,7 @@ def check_same_config(workdir: str | pathlib.Path, config: ConfigDict) -> None:
     differing = [
         f"{k}: {before.get(k)} there, {now.get(k)} here"
         for k in sorted(before | now)
-        if before.get(k) != now.get(k)
+        if k not in FREE_TO_CHANGE and before.get(k) != now.get(k)
     ]
     if differing:
         raise ValueError(

@@ -10,18 +10,22 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.distillers import find_distiller
+from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.norm import update_running
 from vrdistill_jax.structs import DetectorOutput
+from vrdistill_jax.training import teacher_guided
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 from vrdistill_jax.training.optimizer import make_optimizer
 from vrdistill_jax.training.state import Batch, DistillerState, TrainState
@@ -51,6 +55,9 @@ class Distillation(NamedTuple):
     teacher: Teacher
     methods: dict[str, Method]
     optimizer: optax.GradientTransformation  # of the methods' parameters
+    labels: ConfigDict | None = (
+        None  # config.distiller.teacher_guided where the teacher's detections become labels
+    )
 
 
 def load_teacher(config: Any, workdir: str | pathlib.Path) -> Teacher:
@@ -136,6 +143,14 @@ def make_teacher_predict(teacher: Teacher) -> Callable:
     return make_predict_step(detector.build(teacher.config), detector.decode, teacher.config)
 
 
+def init_student(config: Any, teacher: Teacher, variables: dict) -> dict:
+    """The student's initial variables: as they are, or cut out of the teacher's if config.distiller.teacher_guided says so."""
+    guided = config.distiller.get("teacher_guided")
+    if not (guided and guided.initialize):
+        return variables
+    return teacher_guided.guided_variables(teacher.variables, variables, config.detector.name)
+
+
 def teacher_scores(config: Any) -> dict[str, float]:
     """What the config records of the teacher on the validation split; empty if it has not been evaluated yet."""
     if config.teacher.mAP_25 < 0:
@@ -169,9 +184,10 @@ def make_distillation(
       axis_name: mapped device axis, or None.
 
     Raises:
-      ValueError: for an unknown method, or none.
+      ValueError: for an unknown method, or nothing to do.
     """
-    if not config.distiller.methods:
+    guided = config.distiller.get("teacher_guided") or teacher_guided.default_config()
+    if not (config.distiller.methods or guided.initialize or guided.label):
         raise ValueError("config.distiller.methods is empty; name a method, or leave config.distiller out")
     methods = {}
     for name, entry in config.distiller.methods.items():
@@ -180,7 +196,9 @@ def make_distillation(
         methods[name] = Method(module, file.NEEDS_ALIGNED)
     settings = ConfigDict(config.optimizer.to_dict())
     settings.weight_decay = settings.get("distiller_weight_decay", settings.weight_decay)
-    return Distillation(teacher, methods, make_optimizer(settings, schedule))
+    return Distillation(
+        teacher, methods, make_optimizer(settings, schedule), guided if guided.label else None
+    )
 
 
 def init_distillers(
@@ -253,9 +271,9 @@ def make_distill_step(
     Returns:
       A function of the state, this device's part of the batch, a key and the teacher's variables. Metrics are those of
       `training.step.make_train_step` (norms are the student's), the detection loss as "detection", the terms of each
-      method as "name/term" and its share of the total as "name/total".
+      method as "name/term" and its share of the total as "name/total", and per scene the number of the teacher's labels.
     """
-    teacher, methods, distiller_optimizer = distillation
+    teacher, methods, distiller_optimizer, labels = distillation
     needs_aligned = any(method.needs_aligned for method in methods.values())
 
     def mean_over_devices(tree):
@@ -264,8 +282,21 @@ def make_distill_step(
     def step(state: TrainState, batch: Batch, key: jax.Array, teacher_variables: dict):
         key = jax.random.fold_in(key, state.step)
         scene, pyramid = batch
-        taught = teacher.model.apply(teacher_variables, scene.points, pyramid, train=False)
+        taught: Any = teacher.model.apply(teacher_variables, scene.points, pyramid, train=False)
         taught = jax.lax.stop_gradient(taught)
+        # The detection loss alone sees the teacher's labels; the methods see the ground truth.
+        labelled, counts = scene, {}
+        if labels is not None:
+            labelled, count = teacher_guided.append_detections(
+                scene,
+                teacher_guided.label_detections(taught.predictions, scene.points),
+                threshold=labels.label_threshold,
+                max_iou=labels.label_max_iou,
+            )
+            mean = partial(masked_mean, mask=scene.mask, axis_name=axis_name)
+            counts = {
+                f"labels/{name}": mean(value.astype(jnp.float32)) for name, value in count._asdict().items()
+            }
 
         def objective(params, distiller_params):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -277,8 +308,8 @@ def make_distill_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": key},
             )
-            detection, terms = loss(output, scene, config, axis_name)
-            total, terms = detection, terms | {"detection": detection}
+            detection, terms = loss(output, labelled, config, axis_name)
+            total, terms = detection, terms | counts | {"detection": detection}
             aligned = _at_clusters_of(model, variables, output, taught, train=True) if needs_aligned else None
             for n, (name, method) in enumerate(methods.items()):
                 value, parts = method.module.apply(

@@ -98,9 +98,8 @@ def _leading(path: str, array: np.ndarray, shape: tuple[int, ...], layout: Weigh
         )
     parts = [n for pattern, n in layout.concatenated.items() if fnmatch.fnmatchcase(path, pattern)]
     if parts:
-        array = np.split(array, parts[0], axis=0)
-        block = (shape[0] // parts[0], *shape[1:])
-        return np.concatenate([part[tuple(map(slice, block))] for part in array])
+        block = tuple(map(slice, (shape[0] // parts[0], *shape[1:])))
+        return np.concatenate([part[block] for part in np.split(array, parts[0])])
     return array[tuple(map(slice, shape))].copy()
 
 
