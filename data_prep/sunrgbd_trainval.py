@@ -109,7 +109,9 @@ def read_extracted_points(path: str | os.PathLike) -> np.ndarray:
     points = read_matlab(path, ["instance"], MAX_DEPTH_BYTES)["instance"]
     if not isinstance(points, np.ndarray) or points.dtype.kind not in "fiu" or np.shape(points)[1:] != (6,):
         raise ValueError(f"{path}: 'instance' has shape {np.shape(points)}, expected points of six numbers")
-    if not (np.abs(points[:, :3].astype(np.float64)) < 1e4).all():
+    with np.errstate(invalid="ignore"):  # damaged floats may be signalling NaNs
+        points = points.astype(np.float64)
+    if not (np.abs(points[:, :3]) < 1e4).all():
         raise ValueError(f"{path}: coordinates must be finite and in metres; extract it again")
     if not ((points[:, 3:] >= 0) & (points[:, 3:] <= 1)).all():
         raise ValueError(f"{path}: colours must lie in [0, 1]; extract it again")
@@ -144,6 +146,6 @@ def _label_path(root: str | os.PathLike, labels: str, scene: str) -> pathlib.Pat
 
 
 def _scene_number(word: str, path: pathlib.Path) -> int:
-    if not word.isdecimal() or not 1 <= int(word) <= LAST_SCENE or len(word) > 6:
+    if len(word) > 6 or not word.isdecimal() or not 1 <= int(word) <= LAST_SCENE:
         raise ValueError(f"{path}: {word[:40]!r} is no scene number between 1 and {LAST_SCENE}")
     return int(word)

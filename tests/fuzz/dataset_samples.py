@@ -221,6 +221,9 @@ def sunrgbd() -> dict[str, Reader]:
     def far_points(root):
         damaged.write_version_73(root / "points73.mat", {"instance": np.full((50, 6), 1e300)})
 
+    extracted_files = folder_files(extracted)
+    nan = bytearray(extracted_files["depth/000002.mat"])
+    nan[-4:] = struct.pack("<I", 0x7FA00000)
     flood = b"chair 1 2 3 4 0.5 1 -1 0.2 0.4 0.6 0 1\n" * 20_000
     strange_field = {frames: plain[frames].replace(b"Rtilt\0", b"Rt\x1b[m\0")}
     hostile_hdf5 = {name: hdf5(change) for name, change in HDF5_BOMBS.items()}
@@ -245,7 +248,6 @@ def sunrgbd() -> dict[str, Reader]:
             root / "x.mat", {"instance": np.zeros((1_200_000, 6))}, do_compression=True
         )
     )
-    extracted_files = folder_files(extracted)
     return {
         "sunrgbd_folder": Reader(folder_files(frame_folder), read_folder, hostile=images),
         "sunrgbd_meta": Reader(compressed, read_meta, (frames, flat), memory=256 * MIB),
@@ -265,6 +267,8 @@ def sunrgbd() -> dict[str, Reader]:
             hostile={
                 "! bomb": {"depth/000001.mat": bomb["x.mat"]},
                 "! 20,000 objects": {"label_v1/000001.txt": flood},
+                "! long number": {"train_data_idx.txt": b"9" * 5000},
+                "! signalling NaN": {"depth/000002.mat": bytes(nan)},
             },
         ),
         "sunrgbd_meta_73": Reader({"new.mat": files["new.mat"]}, read_new),

@@ -25,7 +25,7 @@ def broken() -> dict[str, Reader]:
             pass
 
     def hoard(folder):
-        return len(b"x" * (400 * MIB))
+        return len(b"x" * (200 * MIB))
 
     def ask_for_everything(folder):
         try:

@@ -8,6 +8,7 @@ import collections
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -16,9 +17,10 @@ from fuzz import readers
 
 pytest.importorskip("h5py")
 pytest.importorskip("PIL")
+pytest.importorskip("resource")  # limits of processes: Linux and macOS
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
-CASES_PER_READER = 600  # of the slow test
+CASES_PER_READER = 640  # of the slow test
 NUM_READERS = 42
 
 
@@ -123,7 +125,7 @@ def test_the_many_cases_are_ten_thousand():
         ("unpickle", "no reader may.*(find_class|os.system)|ran code"),
         ("evaluate", "no reader may.*os.system"),
         ("loop", "took more than"),
-        ("hoard", "took 40. MiB|took 399 MiB"),
+        ("hoard", r"took \d+ MiB"),
         ("ask_for_everything", "more memory than there is"),
         ("stumble", "raised KeyError"),
         ("crash", "ended the process .exit code -11"),
@@ -138,8 +140,6 @@ def test_the_many_cases_are_ten_thousand():
     ],
 )
 def test_the_rules_are_watched(broken_outcomes, name, problem):
-    import re
-
     found = {o["case"]: o["problem"] for o in broken_outcomes if o["reader"] == name}
     assert set(found) == {0, 1}
     assert re.search(problem, found[1], re.S), found
@@ -147,4 +147,4 @@ def test_the_rules_are_watched(broken_outcomes, name, problem):
 
 @pytest.fixture(scope="module")
 def broken_outcomes(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("broken"), ["broken"], 2, cpu_seconds=0.3)
+    return run(tmp_path_factory.mktemp("broken"), ["broken"], 2, cpu_seconds=1.0)
