@@ -47,6 +47,7 @@ def synthrooms() -> str:
         f"`make train` ends with this table (AP in %, {result['num_scenes']} held-out rooms):\n\n"
         "| class | AP@0.25 | AP@0.5 | boxes |\n|---|---|---|---|\n"
         f"{rows}\n| **mean** | **{percent(result['mAP@0.25'])}** | **{percent(result['mAP@0.5'])}** | |\n\n"
+        "The checkpoint is the better of two evaluations on these same rooms (the last one, as it happens). "
         f"Made by {provenance(record)}"
     )
 
@@ -73,7 +74,9 @@ def sim_to_real() -> str:
         [
             *lines,
             "",
-            f"Made by `{commands[-1]}` and the like; docs/synthrooms.md says what changed in version 3.",
+            f"Made by `{commands[-1]}` and the like; docs/synthrooms.md says what changed in version 3. "
+            "Version 2's detector was trained with an earlier revision of this repository, before rooms and "
+            "loader changed; there is one detector per version, so part of a difference may be chance.",
         ]
     )
 

@@ -29,12 +29,16 @@ optimizer = optax.sgd(1e-5)
 def run(model, axis_name, wrap):
     scene, pyramid = batches[0]
     state = init_state(init_variables(model, jax.random.key(0), scene.points, pyramid), optimizer)
+    start = jax.tree.map(np.array, state.params)
     step = wrap(make_train_step(model, votenet.loss, config.detector, optimizer, momentum, axis_name))
     losses = []
     for batch in batches:
         state, metrics = step(state, batch, jax.random.key(1))
         losses.append(float(metrics["total"]))
-    return jax.tree.map(np.asarray, state), np.array(losses)
+    state = jax.tree.map(np.asarray, state)
+    moved = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.params)))
+    assert moved > 1e-3, moved  # a hundred times the tolerance: a gradient wrong by a percent would show
+    return state, np.array(losses)
 
 one, one_losses = run(votenet.build(config.detector), None, jax.jit)
 eight, eight_losses = run(votenet.build(config.detector, AXIS), AXIS, map_train_step)
