@@ -2,9 +2,9 @@
 
     python -m vrdistill_jax.train --config=configs/synthrooms.py
 
-Half width, few points, half-size set abstraction: about ten minutes on two CPU cores. `configs/synthrooms.py:teacher` is the
-same at full width, for students to learn from (configs/distill); `:full` is VoteNet at its published size, for a GPU; `:tiny`
-is for tests.
+Half width, few points, half-size set abstraction: about ten minutes on two CPU cores. `configs/synthrooms.py:teacher` has full
+width and reads half as many points of small rooms, for students to learn from (configs/distill); `:full` is VoteNet at its
+published size, for a GPU; `:tiny` is for tests.
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,23 @@
-"""Writes the tables of the README from the JSON files beside this script.
+"""Writes the tables of README.md and docs/distillation.md from the JSON files beside this script.
 
-python results/render.py          rewrites README.md
-python results/render.py --check  exit code 1 if README.md does not show what the JSON files hold
+python results/render.py          rewrites the pages
+python results/render.py --check  exit code 1 if a page does not show what the JSON files hold
 """
 
 import json
 import pathlib
 import re
 import sys
+from functools import partial
+
+from vrdistill_jax.experiments.grid import Study
+from vrdistill_jax.experiments.rendering import as_markdown
+from vrdistill_jax.experiments.vrdistill_tables import make_table
 
 HERE = pathlib.Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = [HERE.parent / "README.md", HERE.parent / "docs" / "distillation.md"]
+VRDISTILL = Study("synthrooms", "small", pathlib.Path("runs/reproduce"), HERE / "vrdistill")
+SEEDS = 3
 
 
 def read(name: str) -> dict:
@@ -81,19 +88,35 @@ def sim_to_real() -> str:
     )
 
 
-SECTIONS = {"synthrooms": synthrooms, "sim_to_real": sim_to_real}
+def vrdistill_table(number: int) -> str:
+    return as_markdown(make_table(number, VRDISTILL, SEEDS)).rstrip()
+
+
+def measured_table(name: str) -> str:
+    """Of a file that was measured as a whole, such as times."""
+    return (HERE / "vrdistill" / "synthrooms_small" / f"{name}.md").read_text().rstrip()
+
+
+SECTIONS = {
+    "synthrooms": synthrooms,
+    "sim_to_real": sim_to_real,
+    "vrdistill_table8": partial(measured_table, "table8"),
+    **{f"vrdistill_table{n}": partial(vrdistill_table, n) for n in (1, 3, 6, 7, 9)},
+}
 
 
 def render(text: str) -> str:
     for name, make in SECTIONS.items():
+        if f"<!-- results: {name} -->" not in text:
+            continue
         pattern = rf"(<!-- results: {name} -->\n).*?(<!-- results: end -->)"
         text = re.sub(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.DOTALL)
     return text
 
 
 if __name__ == "__main__":
-    before = README.read_text()
-    after = render(before)
+    stale = [page for page in PAGES if page.read_text() != render(page.read_text())]
     if "--check" in sys.argv:
-        sys.exit(before != after)
-    README.write_text(after)
+        sys.exit(bool(stale))
+    for page in stale:
+        page.write_text(render(page.read_text()))

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vrdistill_jax.detectors.votenet import VoteNetRaw, predictions_from_head, split_head
-from vrdistill_jax.structs import Boxes, DetectorOutput, Points, PointSet, Scene
+from vrdistill_jax.detectors.votenet import VoteNetRaw, group_channels, predictions_from_head, split_head
+from vrdistill_jax.structs import HEAD_GROUPS, Boxes, DetectorOutput, Points, PointSet, Scene
 
 MEAN_SIZES = ((1.0, 0.8, 0.9), (0.6, 0.7, 1.2), (0.9, 0.9, 0.5), (1.1, 0.5, 0.8))
 CLASSES, BINS, SIZES = 4, 3, len(MEAN_SIZES)
@@ -73,22 +73,30 @@ def make_output(
         clusters=clusters,
         head_channels=channels,
         head=head,
-        proposal_features=np.maximum(normal(batch, queries, size), 0),
     )
     predictions = predictions_from_head(head, mask, MEAN_SIZES)
-    return DetectorOutput(predictions, {"seeds": points, "votes": points, "clusters": clusters}, raw)
+    proposals = clusters._replace(features=np.maximum(normal(batch, queries, size), 0))
+    taps = {"seeds": points, "votes": points, "clusters": clusters, "proposals": proposals}
+    return DetectorOutput(predictions, taps, raw, group_channels(channels, BINS, SIZES))
+
+
+def join_head(output: DetectorOutput) -> np.ndarray:
+    """All channels of the head, as they come out of it."""
+    return np.concatenate([output.head[name] for name in HEAD_GROUPS], -1)
+
+
+def replace_proposals(output: DetectorOutput, features) -> DetectorOutput:
+    """Other hidden features."""
+    proposals = output.taps["proposals"]._replace(features=features)
+    return output._replace(taps=output.taps | {"proposals": proposals})
 
 
 def mask_proposals(output: DetectorOutput, count: int) -> DetectorOutput:
     """Turns the last `count` proposals into pads."""
     mask = np.asarray(output.predictions.mask).copy()
     mask[:, mask.shape[1] - count :] = False
-    clusters = output.raw.clusters._replace(mask=mask)
-    return DetectorOutput(
-        output.predictions._replace(mask=mask),
-        output.taps | {"clusters": clusters},
-        output.raw._replace(clusters=clusters),
-    )
+    masked = {name: output.taps[name]._replace(mask=mask) for name in ("clusters", "proposals")}
+    return output._replace(predictions=output.predictions._replace(mask=mask), taps=output.taps | masked)
 
 
 def permute_proposals(output: DetectorOutput, order) -> DetectorOutput:
@@ -97,16 +105,9 @@ def permute_proposals(output: DetectorOutput, order) -> DetectorOutput:
     def take(x):
         return np.asarray(x)[:, order]
 
-    raw = output.raw
-    clusters = PointSet(*map(take, raw.clusters))
-    return DetectorOutput(
-        type(output.predictions)(*map(take, output.predictions)),
-        output.taps | {"clusters": clusters},
-        raw._replace(
-            cluster_index=take(raw.cluster_index),
-            clusters=clusters,
-            head_channels=take(raw.head_channels),
-            head=type(raw.head)(*map(take, raw.head)),
-            proposal_features=take(raw.proposal_features),
-        ),
+    moved = {name: PointSet(*map(take, output.taps[name])) for name in ("clusters", "proposals")}
+    return output._replace(
+        predictions=type(output.predictions)(*map(take, output.predictions)),
+        taps=output.taps | moved,
+        head={name: take(group) for name, group in output.head.items()},
     )

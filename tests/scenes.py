@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from vrdistill_jax.data.loader import stack_trees
 from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid
-from vrdistill_jax.detectors import votenet
+from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.training.state import Batch
 
 
@@ -97,7 +97,7 @@ def tiny_config(**changes) -> ConfigDict:
 
 def make_batch(config: ConfigDict, seeds=(0, 1), num_boxes: int = 3, train: bool = False) -> Batch:
     """Prepared scenes, stacked."""
-    pyramid = votenet.pyramid_config(config.detector)
+    pyramid = find_detector(config.detector.name).pyramid_config(config.detector)
     prepared = [
         scene_with_pyramid(
             labelled_scene(make_sample(seed, num_boxes), seed, config, np.random.default_rng(seed), train),

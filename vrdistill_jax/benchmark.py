@@ -4,8 +4,9 @@
     python -m vrdistill_jax.benchmark --suite=votenet --json=votenet.json
 
 Suites: pyramid (sampling and neighbour search, host and device), votenet (cloud to boxes at batch 1, three widths),
-train_step (configs/synthrooms.py, batch 8), peers (the same work by torch, scipy and fpsample, where installed). Only on
-request: loader (from a stored scene to the network's input), train_step_full (train_step at VoteNet's published size).
+train_step (configs/synthrooms.py, batch 8), distill_step (VRDistill's step beside the teacher's forward pass and the plain
+step, timed in turn), peers (the same work by torch, scipy and fpsample, where installed). Only on request: loader (from a
+stored scene to the network's input), train_step_full (train_step at VoteNet's published size).
 Needs no download: it measures on procedural rooms.
 
 Every stage is called twice to compile and warm up, then timed call by call until --seconds have passed; JAX results are
@@ -16,8 +17,9 @@ waited for. The file of --json holds
   load_average  [before, after], 1, 5 and 15 minutes: figures of a busy machine are upper bounds
   rows          one per stage: suite, case, stage, p50_ms, p95_ms, min_ms (wall clock), cpu_ms (least processor time of
                 all threads), calls; where they apply scenes_per_s (at the median), memory_mib (arguments, results and
-                temporaries of the compiled step), parameters, cloud_points (before subsampling), and for peers
-                ratio and ratio_of_minima (peer's time / ours) and share_same (outputs that agree with ours)
+                temporaries of the compiled step), parameters, cloud_points (before subsampling), ratio_to_sum
+                (distillation step / its two parts), and for peers ratio and ratio_of_minima (peer's time / ours) and
+                share_same (outputs that agree with ours)
   skipped       suite, stage, reason
   failures      messages; the verb then exits with 1
 """
@@ -32,7 +34,7 @@ from typing import Any
 
 from absl import flags
 
-from vrdistill_jax.benchmarks import loader, peers, pyramid, train_step, votenet
+from vrdistill_jax.benchmarks import distill_step, loader, peers, pyramid, train_step, votenet
 from vrdistill_jax.benchmarks.recorder import QUICK, Effort, Recorder, describe_machine
 from vrdistill_jax.command_line import run_verb
 
@@ -40,11 +42,12 @@ SUITES: dict[str, Callable[[Recorder], None]] = {
     "pyramid": pyramid.run,
     "votenet": votenet.run,
     "train_step": train_step.run,
+    "distill_step": distill_step.run,
     "peers": peers.run,  # after our own suites: torch keeps threads once it is imported
     "loader": loader.run,
     "train_step_full": partial(train_step.run, size="full"),
 }
-DEFAULT_SUITES = ("pyramid", "votenet", "train_step", "peers")
+DEFAULT_SUITES = ("pyramid", "votenet", "train_step", "distill_step", "peers")
 
 
 def benchmark(suites: tuple[str, ...] = DEFAULT_SUITES, effort: Effort | None = None) -> dict[str, Any]:
@@ -102,6 +105,7 @@ def render(result: dict[str, Any]) -> str:
                 ("memory_mib", "{:.0f} MiB"),
                 ("ratio", "{:.2f} x ours"),
                 ("ratio_of_minima", "(minima {:.2f} x)"),
+                ("ratio_to_sum", "{:.2f} x the two above"),
             )
             if row.get(name) is not None
         ]

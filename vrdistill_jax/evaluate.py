@@ -3,6 +3,7 @@
 python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms
 python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --split=train --json=result.json
 python -m vrdistill_jax.evaluate --checkpoint=runs/synthrooms --dataset=scannet --data_dir=datasets
+python -m vrdistill_jax.evaluate --checkpoint=runs/vrdistill_half --analysis
 """
 
 import json
@@ -18,6 +19,7 @@ from vrdistill_jax.data.sources import open_source
 from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.evaluation.average_precision import render_table
 from vrdistill_jax.evaluation.evaluator import evaluate
+from vrdistill_jax.experiments.analysis import analyse_run
 from vrdistill_jax.recipes import densify
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 from vrdistill_jax.training.logging import describe_environment
@@ -71,6 +73,11 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "Another dataset with the same classes, such as scannet.")
     flags.DEFINE_string("data_dir", None, "Where the dataset lies, if not where the run had it.")
     flags.DEFINE_integer("density", 1, "How many times more points the detector reads than in training.", 1)
+    flags.DEFINE_bool(
+        "analysis",
+        False,
+        "Also measure where votes are, how far a student agrees with its teacher, and recall by size of object.",
+    )
     flags.DEFINE_string("json", None, "Also write the result to this file.")
 
 
@@ -83,6 +90,11 @@ def main() -> int:
         options.checkpoint, options.split, options.dataset, options.data_dir, options.density
     )
     print(render_table(result))
+    if options.analysis:
+        if options.density != 1:
+            raise ValueError(f"--analysis reads clouds as in training; leave out --density={options.density}")
+        result["analysis"] = analyse_run(options.checkpoint, options.split, options.dataset, options.data_dir)
+        print(json.dumps(result["analysis"], indent=1))
     if options.json:
         write_result(options.json, options.checkpoint, result)
     return 0

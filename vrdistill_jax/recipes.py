@@ -6,6 +6,8 @@ command line: --config.train.batch_size=4.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -42,7 +44,7 @@ VOTENET_SIZES = {
     "full": (1.0, 256, ((2048, 0.2, 64), (1024, 0.4, 32), (512, 0.8, 16), (256, 1.2, 16)), 20000),
     "small": (0.5, 128, ((1024, 0.2, 32), (512, 0.4, 16), (256, 0.8, 16), (128, 1.2, 16)), 8192),
     "tiny": (0.25, 32, ((128, 0.3, 8), (64, 0.6, 8), (32, 0.8, 8), (16, 1.2, 8)), 1024),
-    "teacher": (1.0, 128, ((1024, 0.2, 32), (512, 0.4, 16), (256, 0.8, 16), (128, 1.2, 16)), 8192),
+    "teacher": (1.0, 96, ((768, 0.2, 16), (384, 0.4, 16), (192, 0.8, 16), (96, 1.2, 16)), 4096),
 }
 
 
@@ -55,8 +57,8 @@ def votenet_config(task: Task, size: str = "full") -> ConfigDict:
 
     Args:
       task: classes and boxes.
-      size: "full" is the published architecture; "small" trains in minutes on two CPU cores; "teacher" is a "small" of
-        full width; "tiny" is for tests.
+      size: "full" is the published architecture; "small" trains in minutes on two CPU cores; "teacher" reads half as many
+        points at full width, for students to learn from (its size in docs/distillation.md); "tiny" is for tests.
 
     Returns:
       A whole config; `dataset.name` is left for the caller to set.
@@ -175,13 +177,14 @@ def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
     config.train.eval_every = config.train.checkpoint_every = 10 * epoch
 
 
-def synthrooms_config(size: str = "small") -> ConfigDict:
-    """VoteNet on SynthRooms; sizes as in `votenet_config`."""
-    config = votenet_config(SCANNET, size)
+def synthrooms_config(size: str = "small", style: str = "scan") -> ConfigDict:
+    """VoteNet on SynthRooms: style "scan" is ScanNet's task, "view" SUN RGB-D's; sizes as in `votenet_config`."""
+    config = votenet_config(SUNRGBD if style == "view" else SCANNET, size)
     config.dataset.name = "synthrooms"
-    config.dataset.style = "scan"
+    config.dataset.style = style
     config.dataset.num_train = 64 if size == "tiny" else 1200
     config.dataset.num_val = 16 if size == "tiny" else 312
+    config.dataset.room_size = 0.0 if size == "teacher" else 1.0
     if size == "full":
         config.train.num_steps, config.train.eval_every, config.train.checkpoint_every = 27000, 1500, 1500
     return config
@@ -207,7 +210,12 @@ def sunrgbd_config(size: str = "full") -> ConfigDict:
     return config
 
 
-DATASETS = {"synthrooms": synthrooms_config, "scannet": scannet_config, "sunrgbd": sunrgbd_config}
+DATASETS: dict[str, Callable[..., ConfigDict]] = {
+    "synthrooms": synthrooms_config,
+    "synthrooms_view": partial(synthrooms_config, style="view"),
+    "scannet": scannet_config,
+    "sunrgbd": sunrgbd_config,
+}
 
 
 def student_config(

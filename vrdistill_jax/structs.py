@@ -116,11 +116,23 @@ class Predictions(NamedTuple):
 
 
 class DetectorOutput(NamedTuple):
-    """A detector's forward pass."""
+    """A detector's forward pass.
+
+    Common taps: "seeds" (what the backbone puts out), "votes", "clusters" (where candidates are, with the features that they
+    are made of), "proposals" (the same points with the features that the last layer of the head reads).
+    """
 
     predictions: Predictions
     taps: dict[str, PointSet]
     raw: Any  # the detector's own pytree, in its reference's parametrisation
+    head: dict[str, Array] | None = (
+        None  # f32[B, Q, *] what the head says of each candidate, by HEAD_GROUPS; for distillers
+    )
+
+
+# Groups of a head's channels, in this order where they are joined; a detector leaves out what it does not have.
+# "heading": H logits, then H residuals in units of half a bin.
+HEAD_GROUPS = ("objectness", "center", "heading", "size", "class")
 
 
 class Detections(NamedTuple):
@@ -220,3 +232,63 @@ def _check(array: Array, name: str, shape: tuple[int | None, ...], dtype) -> Non
         raise ValueError(f"{name} has shape {got}, expected {shape}")
     if array.dtype != dtype:
         raise ValueError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
+
+
+class KernelMap(NamedTuple):
+    """Which voxels the taps of a sparse kernel read. One map serves the forward and the backward pass of every layer.
+
+    `index` belongs to the rows of the coarser level (of the level itself for a kernel of stride 1). A convolution reads it
+    forwards; a transposed one, from the coarser to the finer level, backwards.
+    """
+
+    index: Array  # i32[B, V, K] rows of the finer level, -1 none
+    reverse: Array | None  # i32[B, W, R] the same pairs from the finer level's side: row * K + tap, -1 none;
+    # None for stride 1, where the pair of row v and tap k is also that of row index[v, k] and tap K - 1 - k
+
+
+class VoxelLevel(NamedTuple):
+    """The occupied voxels of one stride, sorted by (x, y, z), and the maps that lead to them."""
+
+    coords: Array  # i32[B, V, 3] lower corners in units of the input voxels: multiples of the stride; pads 0
+    mask: Array  # bool[B, V]
+    same3: KernelMap | None  # 3^3 taps, stride 1, on the level itself (submanifold)
+    down2: KernelMap | None  # 2^3 taps, stride 2, from the level before
+    down3: KernelMap | None  # 3^3 taps, stride 2, from the level before
+    up: KernelMap | None  # generated levels: the taps of the source level's rows, which made this level
+    skip: KernelMap | None  # generated levels: one tap, the row of the encoder's level of the same stride
+
+
+class VoxelPyramid(NamedTuple):
+    """All that a sparse convolutional network needs to know of a cloud's geometry; depends on coordinates only."""
+
+    levels: tuple[VoxelLevel, ...]  # the encoder's, strides 1, 2, 4, ..., then the generated ones
+    point_index: (
+        Array  # i32[B, V] row of the cloud that a voxel of levels[0] takes its features from, -1 in pads
+    )
+    voxel_index: Array  # i32[B, N] voxel of each point, -1 for masked points
+
+
+class VoxelLevelConfig(NamedTuple):
+    """Which maps an encoder level gets; the `down` maps come from the level before."""
+
+    same3: bool = False
+    down2: bool = False
+    down3: bool = False
+
+
+class GeneratedLevelConfig(NamedTuple):
+    """A level that a generative transposed convolution of stride 2 makes: everything that its taps reach."""
+
+    source: int  # row of the pyramid's levels
+    kernel_size: int  # 3: the 27 fine voxels around each source voxel's corner; 2: its 8 children
+    skip: bool = True  # whether the encoder's level of the same stride is added
+    same3: bool = True
+
+
+class VoxelPyramidConfig(NamedTuple):
+    """How a voxel pyramid is built."""
+
+    voxel_size: float  # metres
+    levels: tuple[VoxelLevelConfig, ...]
+    generated: tuple[GeneratedLevelConfig, ...] = ()
+    capacities: tuple[tuple[int, ...], ...] = ()  # rungs, each with the rows of every level, small to large

@@ -5,8 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import itkd as oracle
-from proposal_outputs import BINS, CHANNELS, CLASSES, SIZES, make_output, make_scene, permute_proposals
+from proposal_outputs import (
+    BINS,
+    CHANNELS,
+    CLASSES,
+    SIZES,
+    join_head,
+    make_output,
+    make_scene,
+    permute_proposals,
+)
 
+from vrdistill_jax.detectors.votenet import group_channels
 from vrdistill_jax.distillers import itkd
 
 GROUPS = (2, 3, 2 * BINS, 4 * SIZES, CLASSES)
@@ -44,15 +54,12 @@ def make_case(num_boxes=3, seed_size=4):
 
 def oracle_terms(student, teacher, scene, params, slots=64):
     s, t = student.taps["seeds"], teacher.taps["seeds"]
-    valid, clusters = t.mask, teacher.raw.clusters
+    valid, clusters = t.mask, teacher.taps["clusters"]
     rows = np.flatnonzero(scene.mask)
     return oracle.terms(
         [(s.features[b][valid[b]], t.features[b][valid[b]], t.xyz[b][valid[b]]) for b in rows],
         [
-            tuple(
-                x[b][clusters.mask[b]]
-                for x in (student.raw.head_channels, teacher.raw.head_channels, clusters.xyz)
-            )
+            tuple(x[b][clusters.mask[b]] for x in (join_head(student), join_head(teacher), clusters.xyz))
             for b in rows
         ],
         [scene.boxes.center[b][scene.boxes.mask[b]] for b in rows],
@@ -218,13 +225,13 @@ def test_gradients_are_finite_and_the_teachers_are_zero(num_boxes):
         def put(output, x):
             seeds = output.taps["seeds"]._replace(features=x[0])
             return output._replace(
-                taps=output.taps | {"seeds": seeds}, raw=output.raw._replace(head_channels=x[1])
+                taps=output.taps | {"seeds": seeds}, head=group_channels(x[1], BINS, SIZES)
             )
 
         return distil(put(student, s), put(teacher, t), scene, params)[0]
 
     def inputs(output):
-        return jnp.asarray(output.taps["seeds"].features), jnp.asarray(output.raw.head_channels)
+        return jnp.asarray(output.taps["seeds"].features), jnp.asarray(join_head(output))
 
     to_params, to_student, to_teacher = jax.jit(jax.grad(loss, (0, 1, 2)))(
         params, inputs(student), inputs(teacher)
@@ -243,7 +250,6 @@ def test_impossible_calls_say_what_is_wrong():
         module.apply({"params": {}}, student, teacher, scene)
     with pytest.raises(ValueError, match="code_sizes is empty"):
         itkd.build(small_config(code_sizes=()), None, None)
-    head = student.raw.head._replace(class_logits=np.zeros((2, 20, 7), np.float32))
-    other = student._replace(raw=student.raw._replace(head=head))
+    other = student._replace(head=student.head | {"class": np.zeros((2, 20, 7), np.float32)})
     with pytest.raises(ValueError, match="same classes"):
         module.init(jax.random.key(0), other, teacher, scene, aligned=other)

@@ -1,8 +1,7 @@
 import jax
 import numpy as np
-import pytest
 
-from vrdistill_jax.distillers.matching import find_nearest, find_same_seed, gather_points, pair_rows
+from vrdistill_jax.distillers.matching import find_nearest, gather_points
 from vrdistill_jax.structs import PointSet
 
 
@@ -41,12 +40,6 @@ def test_matching_has_no_gradient_and_survives_an_empty_teacher():
     np.testing.assert_array_equal(index, 0)
 
 
-def test_same_seed():
-    seeds, targets = np.array([[7, 3, 9, 3]]), np.array([[3, 9, 5]])
-    mask = np.array([[True, False, True]])
-    np.testing.assert_array_equal(find_same_seed(seeds, targets, mask), [[-1, 0, -1, 0]])
-
-
 def test_gather_points_takes_every_field_and_hides_missing_rows():
     source = points(2, 6)._replace(mask=np.array([[True] * 6, [False] * 6]))
     taken = gather_points(source, np.array([[5, -1, 0], [1, 1, -1]]))
@@ -54,10 +47,3 @@ def test_gather_points_takes_every_field_and_hides_missing_rows():
     np.testing.assert_array_equal(taken.features[1, 1], source.features[1, 1])
     np.testing.assert_array_equal(taken.seed_index[0, 2], source.seed_index[0, 0])
     np.testing.assert_array_equal(taken.mask, [[True, False, True], [False, False, False]])
-
-
-def test_pair_rows():
-    a, b = points(0, 5), points(1, 5)
-    np.testing.assert_array_equal(pair_rows(a, b), a.mask & b.mask)
-    with pytest.raises(ValueError, match="the student's tap has 5 points and the teacher's 6"):
-        pair_rows(a, points(1, 6))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import pgd as oracle
-from proposal_outputs import make_output, make_scene, mask_proposals, permute_proposals
+from proposal_outputs import make_output, make_scene, mask_proposals, permute_proposals, replace_proposals
 
 from vrdistill_jax.distillers import pgd
 
@@ -116,8 +116,8 @@ def test_scores_and_iou_are_those_of_the_objects(case):
 def oracle_terms(student, teacher, scene, config, features=None):
     """All terms, from the outputs; mean over the valid scenes."""
     score, iou = (np.asarray(x, float) for x in teacher_scores(teacher, scene.boxes))
-    boxes, xyz = scene.boxes, np.asarray(teacher.raw.clusters.xyz, float)
-    features = np.asarray(student.raw.proposal_features if features is None else features, float)
+    boxes, xyz = scene.boxes, np.asarray(teacher.taps["clusters"].xyz, float)
+    features = np.asarray(student.taps["proposals"].features if features is None else features, float)
     found = []
     for b in np.flatnonzero(scene.mask):
         objects = np.flatnonzero(boxes.mask[b])
@@ -138,7 +138,7 @@ def oracle_terms(student, teacher, scene, config, features=None):
         found.append(
             oracle.scene_terms(
                 features[b],
-                np.asarray(teacher.raw.proposal_features[b], float),
+                np.asarray(teacher.taps["proposals"].features[b], float),
                 mask,
                 weights(config["feature_iou_share"]),
                 weights(config["box_iou_share"]),
@@ -190,7 +190,7 @@ def test_narrow_student_is_aligned_by_a_linear_layer(case):
     params = jax.jit(module.init)(jax.random.key(0), student, teacher, scene, aligned=student)["params"]
     assert jax.tree.map(jnp.shape, params) == {"align": {"kernel": (4, 8), "bias": (8,)}}
     total, _ = distil(student, teacher, scene, params)
-    hint = student.raw.proposal_features @ params["align"]["kernel"] + params["align"]["bias"]
+    hint = student.taps["proposals"].features @ params["align"]["kernel"] + params["align"]["bias"]
     want = oracle_terms(student, teacher, scene, CONFIG.to_dict(), hint)
     np.testing.assert_allclose(total, sum(want.values()), rtol=1e-4)
 
@@ -214,17 +214,13 @@ def test_pads_do_not_matter(case):
     garbage = np.where(teacher.predictions.mask[..., None], 0, 50).astype(np.float32)
 
     def spoil(output):
-        raw = output.raw._replace(proposal_features=output.raw.proposal_features + garbage)
-        return output._replace(raw=raw)
+        return replace_proposals(output, output.taps["proposals"].features + garbage)
 
     got = distil(spoil(student), spoil(teacher), scene._replace(boxes=dirty))[0]
     np.testing.assert_array_equal(got, want)
     masked = scene._replace(mask=np.array([True, False]))
-    other = student._replace(
-        raw=student.raw._replace(
-            proposal_features=student.raw.proposal_features * np.array([1, 7])[:, None, None]
-        )
-    )
+    scale = np.array([1, 7])[:, None, None]
+    other = replace_proposals(student, student.taps["proposals"].features * scale)
     np.testing.assert_array_equal(distil(other, teacher, masked)[0], distil(student, teacher, masked)[0])
 
 
@@ -234,12 +230,12 @@ def test_gradients_are_finite_and_only_the_students(num_boxes):
     student, teacher = make_output(1, scene), make_output(2, scene)
 
     def loss(student_features, teacher_features):
-        s = student._replace(raw=student.raw._replace(proposal_features=student_features))
-        t = teacher._replace(raw=teacher.raw._replace(proposal_features=teacher_features))
+        s = replace_proposals(student, student_features)
+        t = replace_proposals(teacher, teacher_features)
         return distil(s, t, scene)[0]
 
     to_student, to_teacher = jax.jit(jax.grad(loss, (0, 1)))(
-        jnp.asarray(student.raw.proposal_features), jnp.asarray(teacher.raw.proposal_features)
+        *(jnp.asarray(x.taps["proposals"].features) for x in (student, teacher))
     )
     assert np.isfinite(to_student).all()
     assert np.abs(to_student).max() > 0

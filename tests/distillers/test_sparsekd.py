@@ -139,19 +139,19 @@ def test_pads_do_not_matter(case):
     want = distil(student, teacher, scene)[0]
     boxes, pads = scene.boxes, ~scene.boxes.mask
     dirty = boxes._replace(
-        center=np.where(pads[..., None], teacher.raw.clusters.xyz[:, :1], boxes.center),
+        center=np.where(pads[..., None], teacher.taps["clusters"].xyz[:, :1], boxes.center),
         size=np.where(pads[..., None], 0.0, boxes.size).astype(np.float32),
         label=np.where(pads, 2, boxes.label),
     )
     invalid = ~teacher.predictions.mask[..., None]
 
     def spoil(output, value):
-        raw = output.raw
-        xyz = np.where(invalid, scene.boxes.center[:, :1], raw.clusters.xyz).astype(np.float32)
+        clusters = output.taps["clusters"]
+        xyz = np.where(invalid, scene.boxes.center[:, :1], clusters.xyz).astype(np.float32)
         logits = np.where(invalid, value, output.predictions.class_logits).astype(np.float32)
         return output._replace(
             predictions=output.predictions._replace(class_logits=logits),
-            raw=raw._replace(clusters=raw.clusters._replace(xyz=xyz)),
+            taps=output.taps | {"clusters": clusters._replace(xyz=xyz)},
         )
 
     got = distil(spoil(student, [9, 0, 0, 0]), spoil(teacher, [0, 9, 0, 0]), scene._replace(boxes=dirty))[0]
@@ -170,7 +170,8 @@ def test_gradients_are_finite_and_only_the_students(num_boxes):
 
     def put(output, head):
         predictions = predictions_from_head(head, output.predictions.mask, MEAN_SIZES)
-        return output._replace(predictions=predictions, raw=output.raw._replace(head=head))
+        heading = jnp.concatenate([head.heading_logits, head.heading_residual], -1)
+        return output._replace(predictions=predictions, head=output.head | {"heading": heading})
 
     def loss(s, t):
         return distil(put(student, s), put(teacher, t), scene)[0]

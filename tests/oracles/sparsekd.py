@@ -25,8 +25,8 @@ def object_heat(point, objects):
 
 def terms(student, teacher, scene, threshold=0.0, clip=1e-4, max_distance=0.3, keep=None):
     """The unweighted heat and box terms; `keep` [B, Q] restricts which proposals may be pivotal."""
-    boxes, clusters = scene.boxes, teacher.raw.clusters
-    num_bins = teacher.raw.head.heading_logits.shape[-1]
+    boxes, clusters = scene.boxes, teacher.taps["clusters"]
+    num_bins = teacher.head["heading"].shape[-1] // 2
     weights, errors, gaps = [], [], []
     for b in np.flatnonzero(scene.mask):
         rows = np.flatnonzero(boxes.mask[b])
@@ -45,14 +45,14 @@ def terms(student, teacher, scene, threshold=0.0, clip=1e-4, max_distance=0.3, k
             if min(distance) >= max_distance:
                 continue
             i = valid[int(np.argmin(distance))]
-            k = int(np.argmax(teacher.raw.head.heading_logits[b, i]))
+            k = int(np.argmax(teacher.head["heading"][b, i, :num_bins]))
             gap = 0.0
             for name in ("center", "size"):
                 gap += np.abs(
                     np.asarray(getattr(student.predictions, name)[b, i], float)
                     - np.asarray(getattr(teacher.predictions, name)[b, i], float)
                 ).sum()
-            residual = [float(x.raw.head.heading_residual[b, i, k]) for x in (student, teacher)]
+            residual = [float(x.head["heading"][b, i, num_bins + k]) for x in (student, teacher)]
             gaps.append(gap + abs(residual[0] - residual[1]) * np.pi / num_bins)
     weights, errors = np.array(weights), np.array(errors)
     return {

@@ -169,13 +169,13 @@ def test_proposals_at_given_clusters():
     variables = init_variables(model, jax.random.key(0), *inputs)
     output = model.apply(variables, *inputs, train=False)
     index = np.stack([np.random.default_rng(b).permutation(32)[:10] for b in range(2)]).astype(np.int32)
-    again = model.apply(variables, output, index, train=False, method="propose_at")
     whole = model.apply(variables, *inputs, train=False, cluster_index=index)
+    again = model.apply(variables, output, whole, train=False, method="propose_like")
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     np.testing.assert_array_equal(again.raw.cluster_index, index)
     np.testing.assert_array_equal(again.taps["clusters"].xyz[1, 3], output.taps["votes"].xyz[1, index[1, 3]])
     assert again.predictions.center.shape == (2, 10, 3)
-    same = model.apply(variables, output, output.raw.cluster_index, train=False, method="propose_at")
+    same = model.apply(variables, output, output, train=False, method="propose_like")
     jax.tree.map(np.testing.assert_array_equal, same, output)
 
 

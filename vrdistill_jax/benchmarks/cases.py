@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 
 import vrdistill_jax
+from vrdistill_jax.data.loader import stack_trees
+from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid
 from vrdistill_jax.data.synthrooms import generate_scene
+from vrdistill_jax.detectors import find_detector
+from vrdistill_jax.training.state import Batch
 
 ROOMS_SEED = 0
 MAX_ROOMS = 100  # looked at for one that is large enough
@@ -36,6 +40,21 @@ def synthrooms_config(size: str, **detector: Any) -> Any:
     raise ValueError(
         f"configs/synthrooms.py is neither in {package} nor beside it; install the package again"
     )
+
+
+def training_rooms(config: Any) -> list[dict]:
+    """As many generated rooms as a batch holds."""
+    return [generate_scene(ROOMS_SEED, index) for index in range(config.train.batch_size)]
+
+
+def training_batch(config: Any, rooms: list[dict]) -> Batch:
+    """One batch as the loader makes it of stored rooms."""
+    pyramid = find_detector(config.detector.name).pyramid_config(config.detector)
+    prepared = []
+    for index, room in enumerate(rooms):
+        scene = labelled_scene(room, index, config, np.random.default_rng(index), train=True)
+        prepared.append(scene_with_pyramid(scene, pyramid))
+    return Batch(*stack_trees(prepared))
 
 
 def scanned_room(num_points: int) -> np.ndarray:

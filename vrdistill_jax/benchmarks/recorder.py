@@ -65,7 +65,17 @@ class Recorder:
         Returns:
           The row, which is also kept; the caller may add fields.
         """
-        row = {"suite": suite, "case": case, "stage": stage} | measure(function, self.effort)
+        return self._keep(suite, case, stage, measure(function, self.effort), scenes, more)
+
+    def time_in_turn(
+        self, suite: str, case: str, stages: dict[str, Callable[[], Any]], *, scenes: int = 0
+    ) -> dict[str, dict[str, Any]]:
+        """Measures several stages in turn (see `measure_in_turn`); returns their rows by stage."""
+        measured = measure_in_turn(stages, self.effort)
+        return {stage: self._keep(suite, case, stage, row, scenes, {}) for stage, row in measured.items()}
+
+    def _keep(self, suite: str, case: str, stage: str, measured: dict, scenes: int, more: dict) -> dict:
+        row = {"suite": suite, "case": case, "stage": stage} | measured
         if scenes:
             row["scenes_per_s"] = _round(1e3 * scenes / row["p50_ms"])
         row |= more
@@ -90,21 +100,42 @@ def measure(function: Callable[[], Any], effort: Effort) -> dict[str, Any]:
       p50_ms, p95_ms and min_ms of the wall clock; cpu_ms, the least processor time of all threads that a call took;
       calls, their number.
     """
-    for _ in range(2):
-        jax.block_until_ready(function())
-    wall: list[float] = []
-    cpu: list[float] = []
-    while len(wall) < effort.min_calls or (len(wall) < effort.max_calls and sum(wall) < effort.seconds):
-        cpu_begin, begin = time.process_time(), time.perf_counter()
-        jax.block_until_ready(function())
-        wall.append(time.perf_counter() - begin)
-        cpu.append(time.process_time() - cpu_begin)
+    return measure_in_turn({"": function}, effort)[""]
+
+
+def measure_in_turn(functions: dict[str, Callable[[], Any]], effort: Effort) -> dict[str, dict[str, Any]]:
+    """Times several functions in turn, call by call: what else the machine does then hits all of them alike.
+
+    Args:
+      functions: by name, as for `measure`.
+      effort: how often each of them.
+
+    Returns:
+      What `measure` returns, by name.
+    """
+    for function in functions.values():
+        for _ in range(2):
+            jax.block_until_ready(function())
+    wall: dict[str, list[float]] = {name: [] for name in functions}
+    cpu: dict[str, list[float]] = {name: [] for name in functions}
+    seconds, calls = effort.seconds * len(functions), 0
+    began = time.perf_counter()
+    while calls < effort.min_calls or (calls < effort.max_calls and time.perf_counter() - began < seconds):
+        calls += 1
+        for name, function in functions.items():
+            cpu_begin, begin = time.process_time(), time.perf_counter()
+            jax.block_until_ready(function())
+            wall[name].append(time.perf_counter() - begin)
+            cpu[name].append(time.process_time() - cpu_begin)
     return {
-        "p50_ms": _round(1e3 * np.percentile(wall, 50)),
-        "p95_ms": _round(1e3 * np.percentile(wall, 95)),
-        "min_ms": _round(1e3 * min(wall)),
-        "cpu_ms": _round(1e3 * min(cpu)),
-        "calls": len(wall),
+        name: {
+            "p50_ms": _round(1e3 * np.percentile(wall[name], 50)),
+            "p95_ms": _round(1e3 * np.percentile(wall[name], 95)),
+            "min_ms": _round(1e3 * min(wall[name])),
+            "cpu_ms": _round(1e3 * min(cpu[name])),
+            "calls": calls,
+        }
+        for name in functions
     }
 
 

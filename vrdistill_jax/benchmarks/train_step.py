@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vrdistill_jax.benchmarks.cases import ROOMS_SEED, synthrooms_config
+from vrdistill_jax.benchmarks.cases import synthrooms_config, training_batch, training_rooms
 from vrdistill_jax.benchmarks.recorder import Recorder
-from vrdistill_jax.data.loader import stack_trees
-from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid
-from vrdistill_jax.data.synthrooms import generate_scene
 from vrdistill_jax.detectors import votenet
 from vrdistill_jax.training.optimizer import make_optimizer
 from vrdistill_jax.training.schedules import learning_rate_schedule, norm_momentum_schedule
-from vrdistill_jax.training.state import Batch, count_parameters, init_state, init_variables
+from vrdistill_jax.training.state import count_parameters, init_state, init_variables
 from vrdistill_jax.training.step import make_train_step
 
 
@@ -22,17 +19,8 @@ def run(recorder: Recorder, size: str = "small") -> None:
     """Times configs/synthrooms.py, without the wait for data; `size` is "small" or "full"."""
     config = synthrooms_config("tiny" if recorder.effort.quick else size)
     batch_size, num_points = config.train.batch_size, config.dataset.num_points
-    pyramid_config = votenet.pyramid_config(config.detector)
-    samples = [generate_scene(ROOMS_SEED, index) for index in range(batch_size)]
-
-    def prepare() -> Batch:
-        scenes = [
-            labelled_scene(sample, index, config, np.random.default_rng(index), train=True)
-            for index, sample in enumerate(samples)
-        ]
-        return Batch(*stack_trees([scene_with_pyramid(scene, pyramid_config) for scene in scenes]))
-
-    batch = prepare()
+    rooms = training_rooms(config)
+    batch = training_batch(config, rooms)
     model = votenet.build(config.detector)
     optimizer = make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, 1000, 100))
     momentum = norm_momentum_schedule(config.norm_momentum, 100)
@@ -61,7 +49,7 @@ def run(recorder: Recorder, size: str = "small") -> None:
 
     case = f"{size}, batch {batch_size}, {num_points} points"
     time = partial(recorder.time, "train_step", case, scenes=batch_size)
-    time("prepare batch (host, one core)", prepare)
+    time("prepare batch (host, one core)", lambda: training_batch(config, rooms))
     time("forward, loss", lambda: forward(variables, batch_on_device))
     parameters = count_parameters(variables["params"])
     time("step: forward, backward, update", train, memory_mib=memory_mib, parameters=parameters)

@@ -29,7 +29,12 @@ def _open_synthrooms(config: Any, split: str) -> Sequence[dict]:
     from vrdistill_jax.data.builders import open_split
     from vrdistill_jax.data.synthrooms import SynthRoomsConfig, prepare_synthrooms
 
-    rooms = SynthRoomsConfig(style=config.style, num_train=config.num_train, num_val=config.num_val)
+    rooms = SynthRoomsConfig(
+        style=config.style,
+        num_train=config.num_train,
+        num_val=config.num_val,
+        room_size=config.get("room_size", 1.0),  # older checkpoints do not name it
+    )
     return open_split(prepare_synthrooms(rooms, config.data_dir or None), split)
 
 

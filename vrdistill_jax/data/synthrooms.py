@@ -78,6 +78,7 @@ class SynthRoomsConfig(NamedTuple):
     min_object_points: int = 30  # objects with fewer visible points lose their label
     label_reach: float = 0.04  # metres, how far labels run over edges (scan)
     label_gaps: float = 0.06  # share of the surface whose label is forgotten (scan)
+    room_size: float = 1.0  # 0: all rooms are the smallest of their kind, 1: up to the largest
 
 
 def class_names(style: str) -> tuple[str, ...]:
@@ -103,7 +104,7 @@ def generate_scene(seed: int, index: int, config: SynthRoomsConfig | None = None
     config = config or SynthRoomsConfig()
     scan_style = _check_style(config.style, True, False)
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    room = furnish_room(rng, size_scale=None if scan_style else _VIEW_SIZE_SCALE)
+    room = furnish_room(rng, size_scale=None if scan_style else _VIEW_SIZE_SCALE, room_size=config.room_size)
     mesh, owner = build_room_mesh(rng, room)
     scene = RayScene(mesh)
     name = f"{config.style}_{seed}_{index:05d}_{room.kind}"

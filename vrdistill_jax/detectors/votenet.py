@@ -32,6 +32,7 @@ from vrdistill_jax.nn.mlp import Dense, PointMLP, scale_size, torch_default
 from vrdistill_jax.nn.norm import MaskedBatchNorm, NormFactory
 from vrdistill_jax.nn.pointnet2 import BackboneOutput, PointNet2Backbone, SetAbstraction
 from vrdistill_jax.structs import (
+    HEAD_GROUPS,
     Detections,
     DetectorOutput,
     LevelConfig,
@@ -70,7 +71,6 @@ class VoteNetRaw(NamedTuple):
     clusters: PointSet
     head_channels: Array  # f32[B, Q, 2 + 3 + 2H + 4S + K]
     head: HeadOutput
-    proposal_features: Array  # f32[B, Q, C] what the last layer of the head reads
 
 
 class VoteNet(nn.Module):
@@ -130,31 +130,34 @@ class VoteNet(nn.Module):
           cluster_index: i32[B, Q] rows of the votes to put clusters at; None samples them.
 
         Returns:
-          DetectorOutput with taps "seeds", "votes", "clusters" and a VoteNetRaw.
+          DetectorOutput with taps "seeds", "votes", "clusters", "proposals" and a VoteNetRaw.
         """
         backbone = self.backbone(points, pyramid, train=train)
         votes, vote_channels = self._vote(backbone.seeds, train)
         return self._propose(backbone, votes, vote_channels, cluster_index, train)
 
-    def propose_at(self, output: DetectorOutput, cluster_index: Array, *, train: bool) -> DetectorOutput:
-        """Clusters the votes of an earlier pass at other rows: the second half of the network only.
+    def propose_like(self, output: DetectorOutput, other: DetectorOutput, *, train: bool) -> DetectorOutput:
+        """Clusters the votes of an earlier pass where another network did: the second half of the network only.
 
         Args:
           output: of `__call__` on the same clouds.
-          cluster_index: i32[B, Q] rows of its votes.
+          other: of another VoteNet on the same clouds.
           train: as in `__call__`; the statistics that it writes are those of this pass.
         """
         raw = output.raw
-        return self._propose(raw.backbone, raw.votes, raw.vote_channels, cluster_index, train)
+        return self._propose(raw.backbone, raw.votes, raw.vote_channels, other.raw.cluster_index, train)
 
     def _propose(self, backbone, votes, vote_channels, cluster_index, train) -> DetectorOutput:
         clusters, cluster_index = self._cluster(backbone.seeds, votes, cluster_index, train)
         hidden = self.proposal(clusters.features, clusters.mask, train=train)
         head_channels = self.proposal_out(hidden)
         head = split_head(head_channels, clusters.xyz, self.num_heading_bins, len(self.mean_sizes))
-        raw = VoteNetRaw(backbone, vote_channels, votes, cluster_index, clusters, head_channels, head, hidden)
-        taps = {"seeds": backbone.seeds, "votes": votes, "clusters": clusters}
-        return DetectorOutput(predictions_from_head(head, clusters.mask, self.mean_sizes), taps, raw)
+        raw = VoteNetRaw(backbone, vote_channels, votes, cluster_index, clusters, head_channels, head)
+        proposals = clusters._replace(features=hidden)
+        taps = {"seeds": backbone.seeds, "votes": votes, "clusters": clusters, "proposals": proposals}
+        predictions = predictions_from_head(head, clusters.mask, self.mean_sizes)
+        groups = group_channels(head_channels, self.num_heading_bins, len(self.mean_sizes))
+        return DetectorOutput(predictions, taps, raw, groups)
 
     def _vote(self, seeds: PointSet, train: bool) -> tuple[PointSet, Array]:
         channels = self.voting_out(self.voting(seeds.features, seeds.mask, train=train))
@@ -262,6 +265,14 @@ def split_head(
     )
     size_residual = size_residual.reshape(*channels.shape[:-1], num_sizes, 3)
     return HeadOutput(objectness, base + offset, heading, heading_residual, size, size_residual, classes)
+
+
+def group_channels(
+    channels: Float[Array, "b q c"], num_heading_bins: int, num_sizes: int
+) -> dict[str, Float[Array, "b q _"]]:
+    """The channels of the proposal head by HEAD_GROUPS of the data contract."""
+    ends = np.cumsum([2, 3, 2 * num_heading_bins, 4 * num_sizes])
+    return dict(zip(HEAD_GROUPS, jnp.split(channels, ends, -1), strict=True))
 
 
 def predictions_from_head(head: HeadOutput, mask, mean_sizes) -> Predictions:

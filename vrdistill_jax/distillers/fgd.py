@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from vrdistill_jax.distillers.matching import PointPairs, align_features, mean_over_points, pair_points
 from vrdistill_jax.distillers.regions import background_weight, foreground_weight, points_on_foreground
-from vrdistill_jax.distillers.seed import PointPairs, align_features, mean_over_points, pair_points
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.mlp import Dense, kaiming_normal
 from vrdistill_jax.structs import DetectorOutput, Scene

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vrdistill_jax.distillers.seed import pair_points
+from vrdistill_jax.distillers.matching import pair_points
 from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.losses.box import nearest, squared_distances
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.mlp import Dense
-from vrdistill_jax.structs import Boxes, DetectorOutput, Scene
+from vrdistill_jax.structs import HEAD_GROUPS, Boxes, DetectorOutput, Scene
 
 NEEDS_ALIGNED = True
 
@@ -154,11 +154,11 @@ class ITKD(nn.Module):
 
     def _head(self, aligned: DetectorOutput, teacher: DetectorOutput, scene: Scene, boxes: Boxes) -> Array:
         """How far the head's channel attention is from the teacher's, per object."""
-        clusters, groups = teacher.raw.clusters, head_groups(teacher)
+        clusters, groups = teacher.taps["clusters"], head_sizes(teacher)
         size = sum(groups)
-        if head_groups(aligned) != groups:
+        if head_sizes(aligned) != groups:
             raise ValueError(
-                f"itkd compares heads channel by channel, but the student's groups {head_groups(aligned)} are not the "
+                f"itkd compares heads channel by channel, but the student's groups {head_sizes(aligned)} are not the "
                 f"teacher's {groups}; give both detectors the same classes, mean sizes and heading bins"
             )
         present = boxes.mask & jnp.any(clusters.mask, -1, keepdims=True) & scene.mask[:, None]
@@ -166,10 +166,9 @@ class ITKD(nn.Module):
         mix = Dense(2 * size, size, name="mix")
 
         def relate(output):
-            channels = gather_rows(output.raw.head_channels, row)
-            channels = jnp.where(present[..., None], channels, 0.0)
-            ends = [sum(groups[: n + 1]) for n in range(len(groups) - 1)]
-            parts = [channels, *jnp.split(channels, ends, -1)]
+            parts = [gather_rows(group, row) for group in head_parts(output)]
+            parts = [jnp.where(present[..., None], part, 0.0) for part in parts]
+            parts = [jnp.concatenate(parts, -1), *parts]
             return mix(jnp.concatenate([channel_attention(x, self.attention_slots) for x in parts], -1))
 
         gap = jnp.sum(jnp.abs(relate(aligned) - relate(teacher)), -1)
@@ -193,17 +192,22 @@ class Autocoder(nn.Module):
         return x
 
 
-def head_groups(output: DetectorOutput) -> tuple[int, ...]:
-    """Sizes of the groups of channels in `raw.head_channels`: objectness, centre offset, heading, size, class."""
-    head = output.raw.head
-    sizes = head.size_logits.shape[-1]
-    return (
-        head.objectness_logits.shape[-1],
-        3,
-        2 * head.heading_logits.shape[-1],
-        4 * sizes,
-        head.class_logits.shape[-1],
-    )
+def head_parts(output: DetectorOutput) -> list[Array]:
+    """The groups of channels of a head, in the order of HEAD_GROUPS.
+
+    Raises:
+      ValueError: if the detector does not offer them.
+    """
+    if output.head is None:
+        raise ValueError(
+            "itkd compares what heads say, group by group; a detector without output.head has none"
+        )
+    return [output.head[name] for name in HEAD_GROUPS if name in output.head]
+
+
+def head_sizes(output: DetectorOutput) -> tuple[int, ...]:
+    """Channels of each group."""
+    return tuple(part.shape[-1] for part in head_parts(output))
 
 
 def channel_attention(rows: Float[Array, "b g d"], slots: int) -> Float[Array, "b g d"]:

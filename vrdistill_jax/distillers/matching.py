@@ -1,8 +1,10 @@
-"""Which teacher point a student point is compared with.
+"""Which teacher point a student point is compared with, and in how many channels.
 
 Seeds and votes of teacher and student belong together row by row (both read the same point pyramid). Clusters do not, unless
-the student's are put at the teacher's: they are matched by distance, or by the seed that they come from.
+the student's are put at the teacher's: they are matched by distance.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.losses.box import nearest, squared_distances
-from vrdistill_jax.structs import PointSet
+from vrdistill_jax.nn.mlp import Dense
+from vrdistill_jax.structs import DetectorOutput, PointSet, Scene
+
+
+class PointPairs(NamedTuple):
+    """The same points as student and teacher see them; features and coordinates of pads are 0."""
+
+    student: Array  # f32[B, M, Cs]
+    teacher: Array  # f32[B, M, Ct], no gradient
+    xyz: Array  # f32[B, M, 3] metres, no gradient
+    seed_index: Array  # i32[B, M] rows of the cloud
+    mask: Array  # bool[B, M]; False in padded scenes, too
 
 
 def find_nearest(
@@ -31,44 +44,6 @@ def find_nearest(
     return nearest(squared_distances(xyz, target_xyz), target_mask)
 
 
-def find_same_seed(
-    seed_index: Int[Array, "b m"], target_seed_index: Int[Array, "b n"], target_mask: Bool[Array, "b n"]
-) -> Int[Array, "b m"]:
-    """Finds the valid target that comes from the same seed.
-
-    Args:
-      seed_index: i32[B, M] rows of the cloud (`PointSet.seed_index`).
-      target_seed_index: i32[B, N] likewise.
-      target_mask: bool[B, N].
-
-    Returns:
-      i32[B, M] rows of the targets, -1 where there is none.
-    """
-    same = (seed_index[:, :, None] == target_seed_index[:, None, :]) & target_mask[:, None, :]
-    return jnp.where(jnp.any(same, -1), jnp.argmax(same, -1), -1)
-
-
-def pair_rows(student: PointSet, teacher: PointSet) -> Bool[Array, "b m"]:
-    """Pairs two taps row by row.
-
-    Args:
-      student: a tap of the student.
-      teacher: the same tap of the teacher, on the same points.
-
-    Returns:
-      bool[B, M] rows that are valid in both.
-
-    Raises:
-      ValueError: if the taps have different numbers of points.
-    """
-    if student.mask.shape != teacher.mask.shape:
-        raise ValueError(
-            f"the student's tap has {student.mask.shape[-1]} points and the teacher's {teacher.mask.shape[-1]}; row by row "
-            "they can be compared only if both networks use the same points (for proposals: at the teacher's clusters)"
-        )
-    return student.mask & teacher.mask
-
-
 def gather_points(points: PointSet, index: Int[Array, "b m"]) -> PointSet:
     """Takes rows of a point set.
 
@@ -82,3 +57,53 @@ def gather_points(points: PointSet, index: Int[Array, "b m"]) -> PointSet:
     rows = jnp.maximum(index, 0)
     taken = PointSet(*(gather_rows(field, rows) for field in points))
     return taken._replace(mask=taken.mask & (index >= 0))
+
+
+def pair_points(student: DetectorOutput, teacher: DetectorOutput, scene: Scene, tap: str) -> PointPairs:
+    """Takes a tap of both networks whose rows are the same points.
+
+    Args:
+      student: the student's output.
+      teacher: the teacher's output; its tensors leave under stop_gradient.
+      scene: its mask takes padded scenes out.
+      tap: name of the tap, such as "seeds".
+
+    Returns:
+      PointPairs.
+
+    Raises:
+      ValueError: if a network lacks the tap, or the numbers of points differ.
+    """
+    for name, output in (("student", student), ("teacher", teacher)):
+        if tap not in output.taps:
+            known = ", ".join(sorted(output.taps)) or "none"
+            raise ValueError(f"the {name} has no tap {tap!r}; it offers: {known}")
+    a, b = student.taps[tap], jax.lax.stop_gradient(teacher.taps[tap])
+    if a.mask.shape != b.mask.shape:
+        raise ValueError(
+            f"tap {tap!r} holds {a.mask.shape[1]} points in the student and {b.mask.shape[1]} in the teacher; "
+            "distilling point by point needs the same config.detector.levels in both"
+        )
+    mask = a.mask & b.mask & scene.mask[:, None]
+
+    def without_pads(values):
+        return jnp.where(mask[..., None], values, 0.0)
+
+    features = without_pads(a.features), without_pads(b.features)
+    return PointPairs(*features, without_pads(b.xyz), b.seed_index, mask)
+
+
+def align_features(features: Float[Array, "b m s"], size: int) -> Float[Array, "b m t"]:
+    """Maps features to `size` channels by a linear layer "align", or leaves them alone if they have as many already.
+
+    To be called inside the compact method of a module, which gets the layer's parameters.
+    """
+    if features.shape[-1] == size:
+        return features
+    return Dense(features.shape[-1], size, name="align")(features)
+
+
+def mean_over_points(values: Float[Array, "b m"], mask: Bool[Array, "b m"]) -> Float[Array, " b"]:
+    """Mean over the valid points of each scene; 0 where there are none."""
+    count = jnp.sum(mask, axis=1, dtype=values.dtype)
+    return jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(count, 1.0)

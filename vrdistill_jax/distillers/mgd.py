@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from vrdistill_jax.distillers.seed import align_features, pair_points
+from vrdistill_jax.distillers.matching import align_features, pair_points
 from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.losses.box import squared_distances
 from vrdistill_jax.losses.reduction import masked_mean

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from vrdistill_jax.distillers.fgd import spatial_attention
-from vrdistill_jax.distillers.seed import align_features, mean_over_points
+from vrdistill_jax.distillers.matching import align_features, mean_over_points
 from vrdistill_jax.geometry.boxes import join_boxes, points_in_boxes
 from vrdistill_jax.geometry.iou import pairwise_iou
 from vrdistill_jax.losses.reduction import masked_mean
@@ -122,11 +122,11 @@ class PGD(nn.Module):
         valid = teacher.predictions.mask
         # Masked rows are cleared first, so that what stands in them cannot reach a gradient.
         target, features = (
-            jnp.where(valid[..., None], x.raw.proposal_features, 0.0) for x in (teacher, aligned)
+            jnp.where(valid[..., None], x.taps["proposals"].features, 0.0) for x in (teacher, aligned)
         )
         features = align_features(features, target.shape[-1])
 
-        inside = jax.vmap(points_in_boxes)(teacher.raw.clusters.xyz, _rows(scene.boxes))
+        inside = jax.vmap(points_in_boxes)(teacher.taps["clusters"].xyz, _rows(scene.boxes))
         inside &= scene.boxes.mask[:, None, :]
         score, iou = teacher_scores(teacher, scene.boxes)
         candidate = valid[..., None] & scene.boxes.mask[:, None, :]
@@ -134,7 +134,7 @@ class PGD(nn.Module):
         def weights(share):
             quality = jnp.where(candidate, score ** (1 - share) * iou**share, 0.0)
             return jax.vmap(gaussian_weights, (0, 0, 0, None, None))(
-                quality, teacher.raw.clusters.xyz, inside, self.num_candidates, self.spread
+                quality, teacher.taps["clusters"].xyz, inside, self.num_candidates, self.spread
             )
 
         for_features, for_box = jax.lax.stop_gradient(

@@ -4,33 +4,21 @@ Source: named as the simplest baseline of VRDistill (2024), which does not defin
 the hint of FitNets (Romero et al., 2015) on the seeds of a point network: a linear layer to the teacher's channels and a
 squared distance. Teacher and student read the same pyramid, so that their seeds are the same points in the same order and
 need no matching.
-
-`pair_points` and `align_features` serve every distiller that compares points by their row.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from vrdistill_jax.distillers.matching import align_features, mean_over_points, pair_points
 from vrdistill_jax.losses.reduction import masked_mean
-from vrdistill_jax.nn.mlp import Dense
 from vrdistill_jax.structs import DetectorOutput, Scene
 
 NEEDS_ALIGNED = False
-
-
-class PointPairs(NamedTuple):
-    """The same points as student and teacher see them; features and coordinates of pads are 0."""
-
-    student: Array  # f32[B, M, Cs]
-    teacher: Array  # f32[B, M, Ct], no gradient
-    xyz: Array  # f32[B, M, 3] metres, no gradient
-    seed_index: Array  # i32[B, M] rows of the cloud
-    mask: Array  # bool[B, M]; False in padded scenes, too
 
 
 class SeedDistiller(nn.Module):
@@ -74,56 +62,6 @@ class SeedDistiller(nn.Module):
         per_scene = mean_over_points(distance, pairs.mask)
         loss = self.weight * masked_mean(per_scene, scene.mask, self.axis_name)
         return loss, {"feature": loss}
-
-
-def pair_points(student: DetectorOutput, teacher: DetectorOutput, scene: Scene, tap: str) -> PointPairs:
-    """Takes a tap of both networks whose rows are the same points.
-
-    Args:
-      student: the student's output.
-      teacher: the teacher's output; its tensors leave under stop_gradient.
-      scene: its mask takes padded scenes out.
-      tap: name of the tap, such as "seeds".
-
-    Returns:
-      PointPairs.
-
-    Raises:
-      ValueError: if a network lacks the tap, or the numbers of points differ.
-    """
-    for name, output in (("student", student), ("teacher", teacher)):
-        if tap not in output.taps:
-            known = ", ".join(sorted(output.taps)) or "none"
-            raise ValueError(f"the {name} has no tap {tap!r}; it offers: {known}")
-    a, b = student.taps[tap], jax.lax.stop_gradient(teacher.taps[tap])
-    if a.mask.shape != b.mask.shape:
-        raise ValueError(
-            f"tap {tap!r} holds {a.mask.shape[1]} points in the student and {b.mask.shape[1]} in the teacher; "
-            "distilling point by point needs the same config.detector.levels in both"
-        )
-    mask = a.mask & b.mask & scene.mask[:, None]
-
-    def without_pads(values):
-        return jnp.where(mask[..., None], values, 0.0)
-
-    features = without_pads(a.features), without_pads(b.features)
-    return PointPairs(*features, without_pads(b.xyz), b.seed_index, mask)
-
-
-def align_features(features: Float[Array, "b m s"], size: int) -> Float[Array, "b m t"]:
-    """Maps features to `size` channels by a linear layer "align", or leaves them alone if they have as many already.
-
-    To be called inside the compact method of a module, which gets the layer's parameters.
-    """
-    if features.shape[-1] == size:
-        return features
-    return Dense(features.shape[-1], size, name="align")(features)
-
-
-def mean_over_points(values: Float[Array, "b m"], mask: Bool[Array, "b m"]) -> Float[Array, " b"]:
-    """Mean over the valid points of each scene; 0 where there are none."""
-    count = jnp.sum(mask, axis=1, dtype=values.dtype)
-    return jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.maximum(count, 1.0)
 
 
 def standardize(features: Float[Array, "*n c"], epsilon: float = 1e-5) -> Float[Array, "*n c"]:

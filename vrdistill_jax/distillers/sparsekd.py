@@ -123,7 +123,7 @@ class SparseKD(nn.Module):
         heat = masked_mean(jnp.sum(jnp.square(gap), -1), pivotal, self.axis_name)
 
         distance, row = nearest(
-            squared_distances(scene.boxes.center, teacher.raw.clusters.xyz), teacher.predictions.mask
+            squared_distances(scene.boxes.center, teacher.taps["clusters"].xyz), teacher.predictions.mask
         )
         found = scene.boxes.mask & scene.mask[:, None] & (distance < self.max_distance**2)
         box = masked_mean(gather_rows(box_gap(aligned, teacher), row), found, self.axis_name)
@@ -136,7 +136,7 @@ class SparseKD(nn.Module):
         """f32[B, Q]: teacher's confidence times nearness to an object, where the teacher exceeds the threshold."""
         confidence = jnp.max(heat, -1)
         weight = confidence * (confidence > self.threshold)
-        weight *= jax.vmap(object_heat)(teacher.raw.clusters.xyz, boxes)
+        weight *= jax.vmap(object_heat)(teacher.taps["clusters"].xyz, boxes)
         if self.top_k < 0:
             return weight
         best = jax.vmap(lambda p, score: best_after_nms(p, score, self.top_k, self.nms_iou))
@@ -190,12 +190,13 @@ def box_gap(student: DetectorOutput, teacher: DetectorOutput) -> Float[Array, "b
 
     The residual is read in the teacher's heading bin on both sides: residuals of different bins cannot be compared.
     """
+    if student.head is None or teacher.head is None:
+        raise ValueError("sparsekd compares headings bin by bin; a detector without output.head has none")
     s, t = student.predictions, teacher.predictions
-    heading_bin = jnp.argmax(teacher.raw.head.heading_logits, -1)
-    num_bins = teacher.raw.head.heading_logits.shape[-1]
-    residual = _pick(student.raw.head.heading_residual, heading_bin) - _pick(
-        teacher.raw.head.heading_residual, heading_bin
-    )
+    logits, teacher_residual = jnp.split(teacher.head["heading"], 2, -1)
+    _, student_residual = jnp.split(student.head["heading"], 2, -1)
+    heading_bin, num_bins = jnp.argmax(logits, -1), logits.shape[-1]
+    residual = _pick(student_residual, heading_bin) - _pick(teacher_residual, heading_bin)
     gap = jnp.sum(jnp.abs(s.center - t.center) + jnp.abs(s.size - t.size), -1)
     return gap + jnp.abs(residual) * (jnp.pi / num_bins)
 

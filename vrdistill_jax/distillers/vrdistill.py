@@ -18,14 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from vrdistill_jax.distillers.matching import find_nearest, gather_points
+from vrdistill_jax.distillers.matching import align_features, find_nearest, gather_points
 from vrdistill_jax.distillers.vote_refinement import VoteRefinement, safe_sqrt
 from vrdistill_jax.geometry.boxes import join_boxes, points_in_boxes
 from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.losses.box import nearest, squared_distances
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.losses.votes import vote_targets
-from vrdistill_jax.nn.mlp import Dense
 from vrdistill_jax.structs import Boxes, DetectorOutput, PointSet, Scene
 
 NEEDS_ALIGNED = False
@@ -179,7 +178,8 @@ class VRDistill(nn.Module):
             raise ValueError("VRDistill needs scene.boxes and scene.point_instance; this scene has no labels")
         teacher_votes = jax.lax.stop_gradient(select_votes(teacher, self.vote_level))
         student_votes = select_votes(student, self.vote_level)
-        student_votes = self._align(student_votes, teacher_votes.features.shape[-1])
+        aligned_features = align_features(student_votes.features, teacher_votes.features.shape[-1])
+        student_votes = student_votes._replace(features=aligned_features)
         refined = self._refine(teacher_votes)
 
         mask = foreground_mask(
@@ -227,18 +227,17 @@ class VRDistill(nn.Module):
         """Whether there is a refinement at all."""
         return self.refine and self.layers > 0
 
-    def _align(self, votes: PointSet, size: int) -> PointSet:
-        """Student features in the teacher's number of channels; the identity where they agree already."""
-        channels = votes.features.shape[-1]
-        if channels == size:
-            return votes
-        return votes._replace(features=Dense(channels, size, name="align")(votes.features))
-
     def _refine(self, votes: PointSet) -> PointSet:
-        if not self.refines:
-            return votes
-        refinement = VoteRefinement(
-            size=votes.features.shape[-1],
+        return (
+            self.make_refinement(votes.features.shape[-1], name="refinement")(votes)
+            if self.refines
+            else votes
+        )
+
+    def make_refinement(self, size: int, name: str | None = None) -> VoteRefinement:
+        """The refinement of votes with `size` channels."""
+        return VoteRefinement(
+            size=size,
             layers=self.layers,
             heads=self.heads,
             neighbors=self.neighbors,
@@ -246,9 +245,28 @@ class VRDistill(nn.Module):
             ffn_ratio=self.ffn_ratio,
             cross_query=self.cross_query,
             stop_bias_gradient=self.stop_bias_gradient,
-            name="refinement",
+            name=name,
+            parent=self if name else None,
         )
-        return refinement(votes)
+
+
+def refine_votes(module: VRDistill, params: dict, output: DetectorOutput) -> tuple[PointSet, PointSet]:
+    """The votes of a detector before and after a trained refinement.
+
+    Args:
+      module: as `build` makes it.
+      params: its trained parameters.
+      output: of the teacher that it was trained with.
+
+    Returns:
+      (votes, refined votes).
+    """
+    votes = select_votes(output, module.vote_level)
+    if not module.refines:
+        return votes, votes
+    refinement = module.clone(parent=None).make_refinement(votes.features.shape[-1])
+    refined: Any = refinement.apply({"params": params["refinement"]}, votes)
+    return votes, refined
 
 
 def foreground_mask(
@@ -307,6 +325,18 @@ def refinement_loss(
 
     Source: VRDistill, equation 6.
     """
+    distance, on_object = center_distances(votes, scene, target)
+    return masked_mean(distance, on_object, axis_name=axis_name)
+
+
+def center_distances(
+    votes: PointSet, scene: Scene, target: str = "box_center"
+) -> tuple[Float[Array, "b m"], Bool[Array, "b m"]]:
+    """How far each vote is from the centre of its seed's object; arguments as in `refinement_loss`.
+
+    Returns:
+      (f32[B, M] metres, bool[B, M] whether the vote is valid and its seed on an object).
+    """
     if scene.boxes is None or scene.point_instance is None:
         raise ValueError(
             "the refinement loss needs scene.boxes and scene.point_instance; this scene has no labels"
@@ -314,7 +344,7 @@ def refinement_loss(
     centers = scene.boxes.center if target == "box_center" else scene.boxes.vote_center
     targets, on_object = vote_targets(scene.point_instance, centers, votes.seed_index)
     squared = jnp.min(jnp.sum(jnp.square(votes.xyz[:, :, None] - targets), -1), -1)
-    return masked_mean(safe_sqrt(squared), on_object & votes.mask & scene.mask[:, None], axis_name=axis_name)
+    return safe_sqrt(squared), on_object & votes.mask & scene.mask[:, None]
 
 
 def select_votes(output: DetectorOutput, vote_level: str) -> PointSet:

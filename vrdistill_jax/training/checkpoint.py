@@ -109,16 +109,31 @@ def check_same_config(workdir: str | pathlib.Path, config: ConfigDict) -> None:
     path = pathlib.Path(workdir) / "config.json"
     if not path.exists():
         return
-    before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(config.to_json()))
+    difference = describe_difference(json.loads(path.read_text()), json.loads(config.to_json()))
+    if difference:
+        raise ValueError(
+            f"{workdir} holds a run of another config ({difference}); choose another --workdir or delete it"
+        )
+
+
+def describe_difference(before: dict, now: dict, ignore: tuple[str, ...] = ()) -> str:
+    """Compares two configs, except for entries that change neither data nor parameters.
+
+    Args:
+      before: a whole config as a nested dict of JSON values.
+      now: likewise.
+      ignore: beginnings of dotted entries that may differ besides FREE_TO_CHANGE.
+
+    Returns:
+      The first entries that differ, empty if none does.
+    """
+    before, now = _flatten(before), _flatten(now)
     differing = [
         f"{k}: {before.get(k)} there, {now.get(k)} here"
         for k in sorted(before | now)
-        if k not in FREE_TO_CHANGE and before.get(k) != now.get(k)
+        if k not in FREE_TO_CHANGE and not k.startswith(ignore) and before.get(k) != now.get(k)
     ]
-    if differing:
-        raise ValueError(
-            f"{workdir} holds a run of another config ({'; '.join(differing[:5])}); choose another --workdir or delete it"
-        )
+    return "; ".join(differing[:5])
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -183,6 +198,33 @@ def load_inference_checkpoint(
         items = ocp.args.Composite(variables=ocp.args.StandardRestore(), config=ocp.args.JsonRestore())
         read = manager.restore(step, args=items)
     return read.variables, ConfigDict(read.config)
+
+
+def load_distiller_params(directory: str | pathlib.Path, step: int | None = None) -> dict[str, dict]:
+    """Reads what the distillers of a run have learned; inference does without it.
+
+    Args:
+      directory: a run's workdir.
+      step: which one; None for the one that `load_inference_checkpoint` takes.
+
+    Returns:
+      Parameters by name of the method.
+
+    Raises:
+      ValueError: if the run trained no distillers, or there is no such checkpoint.
+    """
+    folder = pathlib.Path(directory).absolute() / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"no run at {directory}: expected a folder {folder} as train writes it")
+    with _quiet(), ocp.CheckpointManager(folder, options=_read_only()) as manager:
+        best = manager.best_step()
+        step = step if step is not None else best if best is not None else manager.latest_step()
+        if step not in manager.all_steps():
+            raise ValueError(f"{folder} has no step {step}")
+        read = manager.restore(step, args=ocp.args.Composite(training=ocp.args.StandardRestore()))
+    if "distiller" not in read.training:
+        raise ValueError(f"the run in {directory} trained no distillers")
+    return read.training["distiller"]["params"]
 
 
 def _read_only() -> ocp.CheckpointManagerOptions:

@@ -239,12 +239,13 @@ def _at_clusters_of(
     student: nn.Module, variables: dict, output: Any, teacher: Any, *, train: bool
 ) -> DetectorOutput:
     """The student's proposals at the teacher's clusters; what that pass does to the statistics is dropped."""
-    if not hasattr(teacher.raw, "cluster_index") or not hasattr(student, "propose_at"):
+    if not hasattr(student, "propose_like") or type(output.raw) is not type(teacher.raw):
         raise ValueError(
-            "this distiller compares proposals one by one; it needs detectors that cluster votes"
+            "this distiller compares proposals one by one; it needs a teacher and a student of one kind that can propose at "
+            "given places"
         )
-    arguments = (variables, output, teacher.raw.cluster_index)
-    aligned: Any = student.apply(*arguments, train=train, method="propose_at", mutable=["batch_stats"])
+    arguments = (variables, output, teacher)
+    aligned: Any = student.apply(*arguments, train=train, method="propose_like", mutable=["batch_stats"])
     return aligned[0]
 
 

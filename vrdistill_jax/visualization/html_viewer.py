@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vrdistill_jax.visualization.layers import BoxSet, PointLayer, check_layer, heat_colors, value_range
 from vrdistill_jax.visualization.ply import class_color
 
 MAX_POINTS = 200_000  # shown; more than that makes the page slow to open and no clearer
@@ -30,6 +31,9 @@ def write_viewer(
     title: str = "Detections",
     notes: Sequence[str] = (),
     max_points: int = MAX_POINTS,
+    layers: Sequence[PointLayer] = (),
+    more_boxes: Sequence[BoxSet] = (),
+    boxes_name: str = "Boxes",
 ) -> pathlib.Path:
     """Writes the page.
 
@@ -45,12 +49,16 @@ def write_viewer(
       title: heading of the page.
       notes: remarks to show on the page, for instance the warnings of `check_points`.
       max_points: larger clouds are thinned to this many points for display, with a note that says so.
+      layers: points drawn over cloud and boxes, such as votes; a legend shows and hides each of them, and the cloud.
+      more_boxes: what other detectors found in the same cloud; the page then shows one set of boxes at a time, `boxes`
+        first.
+      boxes_name: what `boxes` are called where there are more.
 
     Returns:
       The path.
 
     Raises:
-      ValueError: if shapes differ, a box is not finite or a label has no class name.
+      ValueError: if shapes differ, a box or a layer is not finite or a label has no class name.
     """
     xyz = np.asarray(xyz, np.float64)
     if xyz.ndim != 2 or xyz.shape[1] != 3 or (color is not None and np.asarray(color).shape != xyz.shape):
@@ -63,6 +71,7 @@ def write_viewer(
     step = np.maximum(high - low, 1e-6) / 65535
     quantised = np.rint((shown - low) / step - 32768).astype("<i2")
     names = [str(name) for name in class_names]
+    box_sets = [BoxSet(boxes_name, boxes, labels, scores), *more_boxes]
     scene = {
         "title": title,
         "notes": notes,
@@ -75,10 +84,18 @@ def write_viewer(
             "rgb": None if color is None else _base64(_bytes_from_color(np.asarray(color)[rows])),
         },
         "classes": [{"name": name, "color": class_color(row)} for row, name in enumerate(names)],
-        "boxes": _box_records(boxes, labels, scores, len(names), "boxes"),
+        "sets": [str(group.name) for group in box_sets],
+        "boxes": [
+            record | {"set": number}
+            for number, group in enumerate(box_sets)
+            for record in _box_records(
+                group.boxes, group.labels, group.scores, len(names), str(group.name).lower()
+            )
+        ],
         "truth": None
         if ground_truth is None
         else _box_records(*ground_truth, None, len(names), "ground_truth"),
+        "layers": [_layer_record(check_layer(layer)) for layer in layers],
     }
     # "<" must not occur in a script element: it could close it.
     data = json.dumps(scene, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -132,6 +149,23 @@ def _box_records(boxes, labels, scores, num_classes: int, what: str) -> list[dic
         }
         for row, (box, label) in enumerate(zip(boxes, labels, strict=True))
     ]
+
+
+def _layer_record(layer: PointLayer) -> dict:
+    record = {
+        "name": str(layer.name),
+        "color": [int(value) for value in layer.color],
+        "count": len(layer.xyz),
+        "xyz": _base64(layer.xyz.astype("<f4")),
+        "rgb": None,
+        "scale": None,
+    }
+    if layer.values is not None:
+        low, high = value_range(layer.values)
+        record["rgb"] = _base64(heat_colors(layer.values, low, high))
+        shades = heat_colors(np.linspace(low, high, 7), low, high)
+        record["scale"] = {"low": round(low, 3), "high": round(high, 3), "colors": shades.tolist()}
+    return record
 
 
 def _rounded(values: np.ndarray, digits: int) -> list[float]:

@@ -68,27 +68,35 @@ class Room(NamedTuple):
     planner: RoomPlanner  # knows where there is free space
 
 
-def furnish_room(rng: np.random.Generator, kind: str | None = None, size_scale: dict | None = None) -> Room:
+def furnish_room(
+    rng: np.random.Generator,
+    kind: str | None = None,
+    size_scale: dict | None = None,
+    room_size: float = 1.0,
+) -> Room:
     """Furnishes a random room.
 
     Args:
       rng: random numbers.
       kind: key of `ROOM_KINDS`, or None for a random one.
       size_scale: factors on the mean depth, width and height per class name; 1 where absent.
+      room_size: in [0, 1]; at 0 all rooms are the smallest of their kind, at 1 they are up to the largest.
 
     Returns:
       The room with all its objects.
 
     Raises:
-      ValueError: if the kind is unknown.
+      ValueError: if the kind is unknown or room_size out of range.
     """
     if kind is None:
         chances = np.array([entry[0] for entry in ROOM_KINDS.values()])
         kind = str(rng.choice(list(ROOM_KINDS), p=chances / chances.sum()))
     if kind not in ROOM_KINDS:
         raise ValueError(f"unknown kind of room {kind!r}; known are {', '.join(ROOM_KINDS)}")
+    if not 0 <= room_size <= 1:
+        raise ValueError(f"room_size is {room_size}; expected 0 (smallest rooms) to 1 (all sizes)")
     _, low, high, furnish = ROOM_KINDS[kind]
-    extent = rng.uniform(low, high)
+    extent = rng.uniform(low, np.add(low, room_size * np.subtract(high, low)))
     extent = extent[::-1] if rng.random() < 0.5 else extent
     notch = None
     if min(extent) > 3.4 and rng.random() < 0.35:

@@ -1,0 +1,135 @@
+"""A grid of two tiny runs: made, found again, refused when the config differs, and rendered."""
+
+import json
+import pathlib
+
+import pytest
+
+from vrdistill_jax.experiments import grid
+from vrdistill_jax.experiments.grid import Cell, Study, cell_config, run_cells, train_command
+from vrdistill_jax.experiments.rendering import as_markdown, as_text
+from vrdistill_jax.experiments.vrdistill_tables import TABLES, make_table, table_rows
+from vrdistill_jax.reproduce import choose_rows
+
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    return Study("synthrooms", "tiny", folder / "runs", folder / "results", str(folder / "data"))
+
+
+@pytest.fixture(scope="module")
+def cells():
+    rows = choose_rows(table_rows(3), ["Student", "refinement, soft mask"])
+    return [row.cell(SEED) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def done(study, cells):
+    assert run_cells(cells, study, "the command") == []
+    return study
+
+
+def test_runs_the_teacher_first_and_records_everything(done, cells):
+    record = done.read(cells[1])
+    assert record["command"] == "the command"
+    assert record["train_command"] == train_command(cells[1], done)
+    assert record["config"]["teacher"]["weights_sha256"]
+    assert done.read(Cell(grid.TEACHER, SEED)) is not None
+    assert set(record["analysis"]["vote_distance"]) == {"student", "teacher", "refined"}
+    assert set(done.read(cells[0])["analysis"]) == {"recall_by_volume", "vote_distance"}
+    assert 0 <= record["result"]["mAP@0.25"] <= 1
+
+
+def test_nothing_is_run_twice(done, cells, monkeypatch):
+    monkeypatch.setattr(grid, "train", lambda *_: pytest.fail("a finished cell was run again"))
+    assert run_cells(cells, done, "again") == []
+    assert done.read(cells[0])["command"] == "the command"
+
+
+def test_a_record_of_another_config_is_refused(done, cells):
+    path = done.record_path(cells[0])
+    text = path.read_text()
+    record = json.loads(text)
+    record["config"]["optimizer"]["learning_rate"] = 1.0
+    path.write_text(json.dumps(record))
+    try:
+        with pytest.raises(ValueError, match="optimizer.learning_rate: 1.0 there"):
+            run_cells(cells, done, "again")
+    finally:
+        path.write_text(text)
+
+
+def test_a_cell_that_another_process_holds_is_skipped(study, tmp_path):
+    other = study._replace(workdir=tmp_path / "runs", results=tmp_path / "results")
+    cell = Cell("half", SEED)
+    folder = other.folder(cell)
+    folder.mkdir(parents=True)
+    with grid._lock(folder / "lock") as mine:
+        assert mine
+        assert run_cells([cell], other, "") == [cell]
+    assert other.read(cell) is None
+
+
+def test_table_has_scores_gains_and_the_papers_numbers(done):
+    table = make_table(3, done, seeds=1)
+    by_label = {entry["label"]: entry for entry in table.data}
+    student, full = by_label["Student"], by_label["refinement, soft mask"]
+    gain = full["mAP@0.25"]["mean"] - student["mAP@0.25"]["mean"]
+    assert full["mAP@0.25"]["gain"] == pytest.approx(gain)
+    assert full["paper"] == (58.8, 36.5)
+    assert by_label["soft mask"]["mAP@0.25"]["mean"] is None
+    for text in (as_text(table), as_markdown(table)):
+        assert "58.8" in text
+        assert "the command" in text
+
+
+def test_tables_share_cells_and_names_are_unique(study):
+    cells = {number: [row.cell(SEED) for row in table_rows(number)] for number in TABLES}
+    default = Cell("half", SEED, ("vrdistill",))
+    assert all(default in cells[number] for number in (1, 3, 6, 7, 9))
+    every = {cell for of_table in cells.values() for cell in of_table}
+    assert len({cell.name for cell in every}) == len(every)
+    for cell in every:
+        cell_config(cell, study)  # every changed entry exists
+
+
+def test_train_command_makes_the_same_config(study):
+    """What the record says to call must do what the grid did."""
+    import importlib.util
+
+    cell = Cell("half", 2, ("vrdistill",), (("distiller.methods.vrdistill.sigma", 0.5),))
+    words = train_command(cell, study).split()
+    assert words[:3] == ["python", "-m", "vrdistill_jax.train"]
+    config_word, *options = [word.removeprefix("--") for word in words[3:]]
+    path, _, argument = config_word.removeprefix("config=").partition(":")
+    root = pathlib.Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("config_file", root / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(argument)
+    config.update_from_flattened_dict(
+        {
+            k.removeprefix("config."): type_like(config, k, v)
+            for k, _, v in (o.partition("=") for o in options)
+        }
+    )
+    wanted = cell_config(cell, study)
+    for section in ("detector", "distiller", "optimizer", "seed"):
+        assert json.loads(config.to_json())[section] == json.loads(wanted.to_json())[section]
+
+
+def type_like(config, key, text):
+    value = config
+    for part in key.removeprefix("config.").split("."):
+        value = value[part]
+    return type(value)(text)
+
+
+def test_unknown_rows_and_tables_are_named():
+    with pytest.raises(ValueError, match="Vrdistil"):
+        choose_rows(table_rows(1), ["Vrdistil"])
+    with pytest.raises(ValueError, match="no table 5"):
+        table_rows(5)

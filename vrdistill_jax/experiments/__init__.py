@@ -1,0 +1,1 @@
+"""Experiments: the papers' tables as grids of training runs that resume, and what is measured on trained models."""

@@ -1,0 +1,218 @@
+"""Cells: the single training runs that the tables of a paper are made of, and how one is run.
+
+A cell trains one detector and leaves one JSON file in the results folder; tables share cells. A cell whose file is there is
+not run again. One that was killed goes on from its last checkpoint. Several processes may work through the same grid: each
+cell is locked by the process that runs it.
+"""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+import shlex
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from vrdistill_jax.experiments.analysis import analyse_run
+from vrdistill_jax.recipes import DATASETS, student_config
+from vrdistill_jax.train import train
+from vrdistill_jax.training.checkpoint import describe_difference
+from vrdistill_jax.training.logging import describe_environment
+
+TEACHER = "teacher"
+# What a budget means: the size of the teacher (recipes.VOTENET_SIZES) and entries of the config.
+BUDGETS = {
+    "tiny": ("tiny", {}),  # for tests
+    "small": (
+        "teacher",
+        {"train.num_steps": 1600, "train.batch_size": 4},
+    ),  # minutes per run on two CPU cores
+    "full": ("full", {}),  # the published size and schedule, for a GPU
+}
+# Of a record's config: says nothing about what was trained (the teacher is named by the cell).
+NOT_COMPARED = ("teacher.",)
+
+
+class Cell(NamedTuple):
+    """One training run."""
+
+    width: str  # TEACHER or one of recipes.STUDENT_WIDTHS
+    seed: int
+    methods: tuple[str, ...] = ()  # distillers; none trains the detector on its own
+    changes: tuple[tuple[str, Any], ...] = ()  # dotted config entries and their values
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and its file."""
+        if self.width == TEACHER:
+            return f"{TEACHER}_seed{self.seed}"
+        changes = [f"{key.rpartition('.')[2]}={value}" for key, value in self.changes]
+        return "_".join([self.width, "+".join(self.methods) or "alone", *changes, f"seed{self.seed}"])
+
+
+class Study(NamedTuple):
+    """What all cells of a grid have in common."""
+
+    dataset: str  # of recipes.DATASETS
+    budget: str  # of BUDGETS
+    workdir: pathlib.Path  # folder of the runs
+    results: pathlib.Path  # folder of the JSON files
+    data_dir: str = ""
+
+    def folder(self, cell: Cell) -> pathlib.Path:
+        """Where the run keeps its checkpoints."""
+        return self.workdir / f"{self.dataset}_{self.budget}" / cell.name
+
+    def record_path(self, cell: Cell) -> pathlib.Path:
+        """The cell's JSON file."""
+        return self.results / f"{self.dataset}_{self.budget}" / f"{cell.name}.json"
+
+    def read(self, cell: Cell) -> dict | None:
+        """The cell's record, or None if it has not been run."""
+        path = self.record_path(cell)
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def cell_config(cell: Cell, study: Study) -> ConfigDict:
+    """The whole config of a cell's run.
+
+    Raises:
+      ValueError: for an unknown dataset or budget, or a change of an entry that does not exist.
+    """
+    for name, known in ((study.dataset, DATASETS), (study.budget, BUDGETS)):
+        if name not in known:
+            raise ValueError(f"unknown {name!r}; known: {', '.join(known)}")
+    size, entries = BUDGETS[study.budget]
+    width = "same" if cell.width == TEACHER else cell.width
+    config = student_config(cell.methods, width, size, study.dataset)
+    config.seed = cell.seed
+    config.dataset.data_dir = study.data_dir
+    with config.ignore_type():  # 1 is a fine value of an entry that holds 1.0
+        for key, value in (*entries.items(), *cell.changes):
+            parts = key.split(".")
+            section = config
+            for part in parts[:-1]:
+                section = section[part]
+            if parts[-1] not in section:
+                raise ValueError(f"{cell.name}: the config has no entry {key}")
+            section[parts[-1]] = value
+    config.train.eval_every = config.train.num_steps  # one evaluation: the last step is what counts
+    if cell.methods:
+        config.teacher.checkpoint = str(study.folder(teacher_of(cell)))
+    return config
+
+
+def teacher_of(cell: Cell) -> Cell:
+    """The teacher of the same seed."""
+    return Cell(TEACHER, cell.seed)
+
+
+def train_command(cell: Cell, study: Study) -> str:
+    """The call of the verb `train` that does what the cell's run does."""
+    size, entries = BUDGETS[study.budget]
+    methods, width = "+".join(cell.methods) or "none", "same" if cell.width == TEACHER else cell.width
+    config = f"configs/distill/student.py:{methods},{width},{size},{study.dataset}"
+    changes = dict([("seed", cell.seed), *entries.items(), *cell.changes])
+    if cell.methods:
+        changes["teacher.checkpoint"] = study.folder(teacher_of(cell)).as_posix()
+    options = [f"--config.{key}={value}" for key, value in changes.items()]
+    return shlex.join(["python", "-m", "vrdistill_jax.train", f"--config={config}", *options])
+
+
+def run_cells(cells: list[Cell], study: Study, command: str) -> list[Cell]:
+    """Runs what has not been run yet, teachers first where students need them.
+
+    Args:
+      cells: of one or more tables.
+      study: where and how.
+      command: of the verb, for the record.
+
+    Returns:
+      The cells that another process is running.
+
+    Raises:
+      ValueError: if a cell has been run with another config.
+    """
+    skipped = []
+    for number, cell in enumerate(cells, 1):
+        check_record(cell, study)
+        if study.record_path(cell).exists():
+            continue
+        print(f"\n[{number} of {len(cells)}] {cell.name}", flush=True)
+        todo = [cell]
+        if cell.methods and not is_trained(teacher_of(cell), study):
+            todo.insert(0, teacher_of(cell))
+        # `all` stops at the first cell that another process holds.
+        if not all(run_cell(each, study, command) for each in todo):
+            print(f"{cell.name}: another process is running it, or its teacher", flush=True)
+            skipped.append(cell)
+    return skipped
+
+
+def is_trained(cell: Cell, study: Study) -> bool:
+    """Whether a run is done and its checkpoint still there."""
+    return study.record_path(cell).exists() and (study.folder(cell) / "checkpoints").is_dir()
+
+
+def check_record(cell: Cell, study: Study) -> None:
+    """Refuses a record of the same cell that was made with another config.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    record = study.read(cell)
+    if record is None:
+        return
+    now = json.loads(cell_config(cell, study).to_json())
+    difference = describe_difference(record["config"], now, NOT_COMPARED)
+    if difference:
+        raise ValueError(
+            f"{study.record_path(cell)} was made with another config ({difference}); move it away to run the cell again, or "
+            "choose another --results"
+        )
+
+
+def run_cell(cell: Cell, study: Study, command: str) -> bool:
+    """Trains, measures and writes the record; False if another process holds the cell."""
+    config, folder = cell_config(cell, study), study.folder(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / "lock") as mine:
+        if not mine:
+            return False
+        began = time.time()
+        result = train(config, folder)
+        seconds = time.time() - began
+        path = study.record_path(cell)
+        record = {
+            "cell": cell._asdict(),
+            "command": command,
+            "train_command": train_command(cell, study),
+            "environment": describe_environment(),
+            "seconds_of_the_last_start": round(seconds),
+            "config": json.loads((folder / "config.json").read_text()),
+            "result": result,
+            "analysis": analyse_run(folder),
+        }
+        text = json.dumps(record, indent=1).replace(": NaN", ": null")  # NaN (nothing to find) is not JSON
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        partial.replace(path)
+    jax.clear_caches()
+    return True
+
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path) -> Iterator[bool]:
+    """Holds a file for this process; gives False if another one holds it. The system lets go of it when a process dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
