@@ -13,5 +13,6 @@ from ml_collections import ConfigDict
 from vrdistill_jax.recipes import scannet_config
 
 
-def get_config(size: str = "full") -> ConfigDict:
-    return scannet_config(size)
+def get_config(arguments: str = "full") -> ConfigDict:
+    size, _, detector = arguments.partition(",")
+    return scannet_config(size, detector=detector or "votenet")

@@ -13,5 +13,6 @@ from ml_collections import ConfigDict
 from vrdistill_jax.recipes import sunrgbd_config
 
 
-def get_config(size: str = "full") -> ConfigDict:
-    return sunrgbd_config(size)
+def get_config(arguments: str = "full") -> ConfigDict:
+    size, _, detector = arguments.partition(",")
+    return sunrgbd_config(size, detector=detector or "votenet")

@@ -3,9 +3,9 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from vrdistill_jax.data.loader import stack_trees
+from vrdistill_jax.data.loader import stack_scenes
 from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid
-from vrdistill_jax.detectors import find_detector
+from vrdistill_jax.detectors import find_detector, groupfree3d, three_detr
 from vrdistill_jax.training.state import Batch
 
 
@@ -95,6 +95,33 @@ def tiny_config(**changes) -> ConfigDict:
     return config
 
 
+def tiny_groupfree3d_config(oriented: bool = False, **changes) -> ConfigDict:
+    """A whole config with a very small Group-Free-3D; `changes` set dotted keys."""
+    config = tiny_config()
+    old = config.detector
+    config.detector = groupfree3d.default_config(old.class_names, old.mean_sizes, oriented)
+    config.detector.update(
+        width=1 / 8, num_proposals=12, decoder_layers=2, num_heads=4, dropout=0.0, levels=old.levels
+    )  # fmt: skip
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def tiny_three_detr_config(masked: bool = False, **changes):
+    """A whole config with a very small 3DETR; `changes` set dotted keys."""
+    config = tiny_config()
+    config.detector = three_detr.default_config(
+        config.detector.class_names, (), oriented=False, masked=masked
+    )
+    config.detector.update(
+        width=1 / 16, num_proposals=12, encoder_layers=2, decoder_layers=2, encoder_dropout=0.0,
+        decoder_dropout=0.0, head_dropout=0.0, levels=((64, 0.5, 8), (32, 0.8, 8))[: 1 + masked],
+        masking_radii=(1.0, 2.0) if masked else (),
+    )  # fmt: skip
+    config.update_from_flattened_dict(changes)
+    return config
+
+
 def make_batch(config: ConfigDict, seeds=(0, 1), num_boxes: int = 3, train: bool = False) -> Batch:
     """Prepared scenes, stacked."""
     pyramid = find_detector(config.detector.name).pyramid_config(config.detector)
@@ -105,4 +132,4 @@ def make_batch(config: ConfigDict, seeds=(0, 1), num_boxes: int = 3, train: bool
         )
         for seed in seeds
     ]
-    return Batch(*stack_trees(prepared))
+    return Batch(*stack_scenes(prepared, pyramid))

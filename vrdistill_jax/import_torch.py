@@ -22,8 +22,14 @@ from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.interop.keras_votenet import variables_from_keras
 from vrdistill_jax.interop.name_map import Variables, check_shapes
 from vrdistill_jax.interop.parity import ParityTable
+from vrdistill_jax.interop.parity_groupfree3d import check_groupfree3d
+from vrdistill_jax.interop.parity_h3dnet import check_h3dnet
+from vrdistill_jax.interop.parity_three_detr import check_three_detr
 from vrdistill_jax.interop.parity_votenet import check_votenet
 from vrdistill_jax.interop.torch_file import read_torch_file
+from vrdistill_jax.interop.torch_groupfree3d import variables_from_groupfree3d
+from vrdistill_jax.interop.torch_h3dnet import variables_from_h3dnet
+from vrdistill_jax.interop.torch_three_detr import variables_from_three_detr, variables_from_three_detr_m
 from vrdistill_jax.interop.torch_votenet import variables_from_votenet
 from vrdistill_jax.structs import Interpolation, PointPyramid, Points, PyramidConfig, PyramidLevel
 from vrdistill_jax.training.checkpoint import save_inference_checkpoint
@@ -38,7 +44,13 @@ class Importer(NamedTuple):
     from_keras: Callable[[pathlib.Path, str], tuple[Variables, ConfigDict]] | None = None
 
 
-IMPORTERS = {"votenet": Importer(variables_from_votenet, check_votenet, variables_from_keras)}
+IMPORTERS = {
+    "votenet": Importer(variables_from_votenet, check_votenet, variables_from_keras),
+    "groupfree3d": Importer(variables_from_groupfree3d, check_groupfree3d),
+    "h3dnet": Importer(variables_from_h3dnet, check_h3dnet),
+    "3detr": Importer(variables_from_three_detr, check_three_detr),
+    "3detr_m": Importer(variables_from_three_detr_m, check_three_detr),
+}
 
 
 def import_checkpoint(

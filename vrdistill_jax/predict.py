@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from vrdistill_jax.command_line import run_verb
-from vrdistill_jax.data.loader import stack_trees
+from vrdistill_jax.data.loader import stack_scenes
 from vrdistill_jax.data.point_checks import (
     METERS_PER_UNIT,
     UP_AXES,
@@ -119,7 +119,7 @@ class Predictor:
             raise ValueError(f"color has shape {np.shape(color)}, expected {xyz.shape} like xyz")
         passes = []
         for scene in self._cut_passes(xyz, color):
-            scene, pyramid = stack_trees([scene_with_pyramid(scene, self._pyramid)])
+            scene, pyramid = stack_scenes([scene_with_pyramid(scene, self._pyramid)], self._pyramid)
             passes.append((self._propose(self.variables, scene.points, pyramid), scene.points))
         # Candidates and points of all passes become those of one scene.
         predictions, points = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *passes)

@@ -19,8 +19,9 @@ from vrdistill_jax.data.class_tables import (
     SUNRGBD_CLASSES,
     SUNRGBD_MEAN_SIZES,
 )
-from vrdistill_jax.detectors import votenet
+from vrdistill_jax.detectors import groupfree3d, h3dnet, sr3d, three_detr, tr3d, votenet
 from vrdistill_jax.distillers import find_distiller
+from vrdistill_jax.geometry.host.voxel_pyramid import make_capacities
 from vrdistill_jax.training import teacher_guided
 
 
@@ -47,7 +48,21 @@ VOTENET_SIZES = {
     "teacher": (1.0, 96, ((768, 0.2, 16), (384, 0.4, 16), (192, 0.8, 16), (96, 1.2, 16)), 4096),
 }
 
-
+# Of 3DETR: width, queries, tokens of the encoder, decoder layers, points of a cloud.
+THREE_DETR_SIZES = {
+    "full": (1.0, 0, 0, 8, 20000),  # queries and tokens as published, by task
+    "small": (0.5, 96, 768, 4, 4096),
+    "tiny": (0.125, 16, 64, 2, 1024),
+}
+# Of TR3D and SR3D: voxel size in metres, channels of the stem and of the later stages, residual blocks, points of a cloud.
+SPARSE_SIZES = {
+    "full": (0.01, 64, 128, (3, 4, 6, 3), 100000),
+    "small": (0.02, 32, 64, (1, 1, 1, 1), 20000),
+    "tiny": (0.08, 8, 8, (1, 1, 1, 1), 1024),
+}
+SPARSE = ("tr3d", "sr3d")
+# Voxels per level of the largest rooms that "small" meets, a little above the maxima of 60 small SynthRooms.
+SMALL_SCENES = (20_000, 20_000, 14_000, 6_000, 2_000, 512, 128, 1_536, 14_000)
 # Of a student's hidden layers, as a share of its teacher's.
 STUDENT_WIDTHS = {"same": 1.0, "half": 0.5, "quarter": 0.25}
 
@@ -66,18 +81,151 @@ def votenet_config(task: Task, size: str = "full") -> ConfigDict:
     Raises:
       ValueError: for an unknown size.
     """
-    if size not in VOTENET_SIZES:
-        raise ValueError(f"unknown size {size!r}; known: {', '.join(VOTENET_SIZES)}")
-    width, num_proposals, levels, num_points = VOTENET_SIZES[size]
+    width, num_proposals, levels, num_points = _find_size(size, VOTENET_SIZES)
+    detector = votenet.default_config(task.class_names, task.mean_sizes, task.oriented)
+    detector.width, detector.num_proposals, detector.levels = width, num_proposals, levels
+    return _whole_config(detector, task, num_points, size)
+
+
+def groupfree3d_config(task: Task, size: str = "full") -> ConfigDict:
+    """Group-Free-3D (L6, O256 at full size) on a task; sizes as in `votenet_config`.
+
+    Source of the recipe: Group-Free-3D, README. Differs: its decoder learns ten times more slowly than its backbone; here both
+    have the decoder's learning rate.
+    """
+    width, num_proposals, levels, num_points = _find_size(size, VOTENET_SIZES)
+    detector = groupfree3d.default_config(task.class_names, task.mean_sizes, task.oriented)
+    detector.width, detector.num_proposals, detector.levels = width, num_proposals, levels
+    if size != "full":
+        detector.decoder_layers = 3
+    config = _whole_config(detector, task, num_points, size)
+    config.optimizer.learning_rate = 2e-4 if task.oriented else 6e-4
+    config.optimizer.weight_decay, config.optimizer.clip_norm = 1e-8 if task.oriented else 5e-4, 0.1
+    return config
+
+
+def h3dnet_config(task: Task, size: str = "full") -> ConfigDict:
+    """H3DNet (four towers at full size, else one) on a task; sizes as in `votenet_config`.
+
+    The numbers of points that make a face or an edge follow the number of points of a cloud; they are meant for 40,000.
+    """
+    width, num_proposals, levels, num_points = _find_size(size, VOTENET_SIZES)
+    detector = h3dnet.default_config(task.class_names, task.mean_sizes, task.oriented)
+    detector.width, detector.num_proposals, detector.levels = width, num_proposals, levels
+    if size != "full":
+        detector.num_towers = 1
+        for name in ("face_points", "edge_points"):
+            detector.primitives[name] = max(detector.primitives[name] * num_points // 40000, 1)
+    return _whole_config(detector, task, num_points, size)
+
+
+def three_detr_config(task: Task, size: str = "full", masked: bool = False) -> ConfigDict:
+    """3DETR (or 3DETR-m) on a task; sizes as in `votenet_config`, but without "teacher".
+
+    Source of the recipe: 3detr, main.py and its README. Differs: the cosine starts after the warm-up and ends at zero.
+    """
+    width, num_proposals, tokens, layers, num_points = _find_size(size, THREE_DETR_SIZES)
+    detector = three_detr.default_config(task.class_names, task.mean_sizes, task.oriented, masked)
+    detector.width, detector.decoder_layers = width, layers
+    if size != "full":
+        detector.num_proposals = num_proposals
+        levels = ((tokens, 0.2, 16), (tokens // 2, 0.4, 16))
+        with detector.unlocked():
+            detector.levels = levels if masked else levels[:1]
+    config = _whole_config(detector, task, num_points, size)
+    config.optimizer.learning_rate = 7e-4 if task.oriented else 5e-4
+    config.optimizer.weight_decay, config.optimizer.clip_norm = 0.1, 0.1
+    return config
+
+
+def sparse_config(task: Task, size: str = "full", name: str = "sr3d") -> ConfigDict:
+    """SR3D or TR3D on a task; sizes as in `votenet_config`, but without "teacher".
+
+    Source of the recipes: TR3D's configs; SR3D, section 4.1.
+    """
+    voxel_size, stem, channels, blocks, num_points = _find_size(size, SPARSE_SIZES)
+    file = {"tr3d": tr3d, "sr3d": sr3d}[name]
+    detector = file.default_config(task.class_names, task.mean_sizes, task.oriented)
+    detector.voxel_size, detector.stem_size, detector.max_size = voxel_size, stem, channels
+    with detector.unlocked():
+        detector.num_blocks = blocks
+        if size != "full":
+            detector.capacities = make_capacities(SMALL_SCENES, num_rungs=2)
+    config = _whole_config(detector, task, num_points, size)
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 1e-3, 1e-4
+    if size == "full":
+        config.train.batch_size = 16
+    elif size == "small":
+        config.train.batch_size, config.train.num_steps, config.train.eval_every = 4, 1600, 1600
+    return config
+
+
+# Changed entries of config.detector.
+SR3D_VARIANTS: dict[str, dict[str, str]] = {
+    "sr3d": {},
+    "tr3d": {},
+    "spota": {"classification_loss": "focal"},
+    "ras": {"assigner": "top_k"},
+    "ota": {"assigner": "ota"},
+    "simota": {"assigner": "simota"},
+    "alignota": {"assigner": "alignota"},
+    "qfl": {"classification_loss": "qfl"},
+    "vfl": {"classification_loss": "vfl"},
+}
+
+
+def sr3d_variant(config: ConfigDict, variant: str) -> ConfigDict:
+    """Exchanges parts of SR3D for its ablations and competitors.
+
+    Args:
+      config: a whole config of SR3D (of TR3D for the variant "tr3d"); changed in place.
+      variant: of SR3D_VARIANTS.
+
+    Returns:
+      The config.
+
+    Raises:
+      ValueError: for an unknown variant.
+    """
+    if variant not in SR3D_VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(SR3D_VARIANTS)}")
+    config.detector.update(SR3D_VARIANTS[variant])
+    return config
+
+
+DETECTOR_RECIPES: dict[str, Callable[[Task, str], ConfigDict]] = {
+    "votenet": votenet_config,
+    "groupfree3d": groupfree3d_config,
+    "h3dnet": h3dnet_config,
+    "3detr": three_detr_config,
+    "3detr_m": partial(three_detr_config, masked=True),
+    "tr3d": partial(sparse_config, name="tr3d"),
+    "sr3d": sparse_config,
+}
+
+
+def detector_config(detector: str, task: Task, size: str) -> ConfigDict:
+    """A detector on a task, by name; `dataset.name` is left for the caller to set.
+
+    Raises:
+      ValueError: for an unknown detector or size.
+    """
+    if detector not in DETECTOR_RECIPES:
+        raise ValueError(f"no recipe for detector {detector!r}; known: {', '.join(DETECTOR_RECIPES)}")
+    return DETECTOR_RECIPES[detector](task, size)
+
+
+def _find_size(size: str, sizes: dict[str, tuple]) -> tuple:
+    if size not in sizes:
+        raise ValueError(f"unknown size {size!r}; known: {', '.join(sizes)}")
+    return sizes[size]
+
+
+def _whole_config(detector: ConfigDict, task: Task, num_points: int, size: str) -> ConfigDict:
+    """The sections beside `detector`, with a training recipe for few steps."""
     config = ConfigDict()
     config.seed = 0
-    config.detector = votenet.default_config(task.class_names, task.mean_sizes, task.oriented)
-    config.detector.width, config.detector.num_proposals, config.detector.levels = (
-        width,
-        num_proposals,
-        levels,
-    )
-
+    config.detector = detector
     config.dataset = ConfigDict()
     config.dataset.name = ""
     config.dataset.data_dir = ""
@@ -86,7 +234,7 @@ def votenet_config(task: Task, size: str = "full") -> ConfigDict:
     config.dataset.max_boxes = 64
     config.dataset.num_threads = 2
     config.dataset.num_workers = 0
-    config.dataset.augment = augmentation(task)
+    config.dataset.augment = augmentation(task, detector.name)
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"
@@ -164,48 +312,81 @@ def augmentation(task: Task, detector: str = "votenet") -> ConfigDict:
 
 
 def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
-    """Sets VoteNet's training recipe: Adam, 180 epochs of batches of 8, steps at 80, 120 and 160, falling norm momentum.
+    """Sets the length of training and the schedule that the detector's authors used.
 
-    Source: votenet, train.py.
+    VoteNet: Adam, 180 epochs of batches of 8, steps at 80, 120 and 160, falling norm momentum. H3DNet: likewise, 360 epochs,
+    own steps. Group-Free-3D: 400 epochs, steps at 280 and 340 (SUN RGB-D: 600; 420, 480 and 540). 3DETR: 1080 epochs of
+    batches of 8, nine of warm-up, cosine. TR3D: 12 epochs of batches of 16, each of which shows a scene 15 times (ScanNet) or
+    5 times (SUN RGB-D), steps at 8 and 11; SR3D: 13 epochs, steps at 8, 11 and 12, 300 steps of warm-up.
+
+    Source: votenet, train.py; 3detr, README; tr3d, configs; SR3D, section 4.1.
     """
+    epoch, name = num_scenes // config.train.batch_size, config.detector.name
+    if name in SPARSE:
+        repeats = 5 if config.detector.oriented else 15
+        num_epochs, at = (12, (8, 11)) if name == "tr3d" else (13, (8, 11, 12))
+        config.optimizer.schedule = "steps"
+        config.optimizer.decay_epochs = tuple(float(repeats * epoch_number) for epoch_number in at)
+        config.optimizer.warmup_steps = 0 if name == "tr3d" else 300
+        config.train.num_steps = num_epochs * repeats * epoch
+        config.train.eval_every = config.train.checkpoint_every = repeats * epoch
+        return
+    if name in ("3detr", "3detr_m"):
+        config.optimizer.warmup_steps = 9 * epoch
+        config.train.num_steps = 1080 * epoch
+        config.train.eval_every = config.train.checkpoint_every = 10 * epoch
+        return
+    oriented = config.dataset.oriented
+    if name == "groupfree3d":
+        num_epochs, at = (600, (420, 480, 540)) if oriented else (400, (280, 340))
+        config.optimizer.schedule, config.optimizer.decay_epochs = "steps", tuple(map(float, at))
+        config.optimizer.warmup_steps, config.train.num_steps = 0, num_epochs * epoch
+        config.train.eval_every = config.train.checkpoint_every = 10 * epoch
+        return
     config.optimizer.name, config.optimizer.learning_rate, config.optimizer.weight_decay = "adam", 1e-3, 0.0
     config.optimizer.clip_norm, config.optimizer.warmup_steps = 0.0, 0
     config.optimizer.schedule, config.optimizer.decay_epochs = "steps", (80, 120, 160)
     config.norm_momentum = ConfigDict(dict(initial=0.5, factor=0.5, decay_epochs=20.0, floor=0.001))
-    epoch = num_scenes // config.train.batch_size
     config.train.num_steps = 180 * epoch
+    if name == "h3dnet":
+        config.train.num_steps = 360 * epoch
+        config.optimizer.decay_epochs = (160, 220, 260) if oriented else (80, 140, 200, 240)
+        config.optimizer.learning_rate = 1e-3 if oriented else 1e-2
+        if oriented:
+            config.train.batch_size, config.train.num_steps = 16, 360 * (num_scenes // 16)
     config.train.eval_every = config.train.checkpoint_every = 10 * epoch
 
 
-def synthrooms_config(size: str = "small", style: str = "scan") -> ConfigDict:
-    """VoteNet on SynthRooms: style "scan" is ScanNet's task, "view" SUN RGB-D's; sizes as in `votenet_config`."""
-    config = votenet_config(SUNRGBD if style == "view" else SCANNET, size)
+def synthrooms_config(size: str = "small", style: str = "scan", detector: str = "votenet") -> ConfigDict:
+    """A detector on SynthRooms: style "scan" is ScanNet's task, "view" SUN RGB-D's; sizes as in `votenet_config`."""
+    config = detector_config(detector, SUNRGBD if style == "view" else SCANNET, size)
     config.dataset.name = "synthrooms"
     config.dataset.style = style
     config.dataset.num_train = 64 if size == "tiny" else 1200
     config.dataset.num_val = 16 if size == "tiny" else 312
-    config.dataset.room_size = 0.0 if size == "teacher" else 1.0
+    small_rooms = size == "teacher" or (size == "small" and detector != "votenet")
+    config.dataset.room_size = 0.0 if small_rooms else 1.0
     if size == "full":
         config.train.num_steps, config.train.eval_every, config.train.checkpoint_every = 27000, 1500, 1500
     return config
 
 
-def scannet_config(size: str = "full") -> ConfigDict:
-    """VoteNet on ScanNet with its published schedule at full size."""
-    config = votenet_config(SCANNET, size)
+def scannet_config(size: str = "full", detector: str = "votenet") -> ConfigDict:
+    """A detector on ScanNet, at full size with its published schedule."""
+    config = detector_config(detector, SCANNET, size)
     config.dataset.name = "scannet"
     if size == "full":
-        config.dataset.num_points = 40000
+        if detector not in SPARSE:
+            config.dataset.num_points = 50000 if detector == "groupfree3d" else 40000
         use_published_schedule(config, num_scenes=1201)
     return config
 
 
-def sunrgbd_config(size: str = "full") -> ConfigDict:
-    """VoteNet on SUN RGB-D with its published schedule at full size."""
-    config = votenet_config(SUNRGBD, size)
+def sunrgbd_config(size: str = "full", detector: str = "votenet") -> ConfigDict:
+    """A detector on SUN RGB-D, at full size with its published schedule."""
+    config = detector_config(detector, SUNRGBD, size)
     config.dataset.name = "sunrgbd"
     if size == "full":
-        config.dataset.num_points = 20000
         use_published_schedule(config, num_scenes=5285)
     return config
 
@@ -298,6 +479,12 @@ def densify(config: ConfigDict, factor: int) -> None:
     """
     if factor < 1:
         raise ValueError(f"--density={factor} must be 1 or more")
+    if "levels" not in config.detector:
+        if factor > 1:
+            raise ValueError(
+                f"--density={factor}: {config.detector.name} reads voxels, all that there are; leave it out"
+            )
+        return
     config.dataset.num_points *= factor
     config.detector.num_proposals *= factor
     levels = [(factor * centers, radius, neighbors) for centers, radius, neighbors in config.detector.levels]

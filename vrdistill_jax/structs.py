@@ -242,8 +242,11 @@ class KernelMap(NamedTuple):
     """
 
     index: Array  # i32[B, V, K] rows of the finer level, -1 none
-    reverse: Array | None  # i32[B, W, R] the same pairs from the finer level's side: row * K + tap, -1 none;
+    reverse: Array  # i32[B, W, R] the same pairs from the finer level's side: row * K + tap, -1 none;
     # None for stride 1, where the pair of row v and tap k is also that of row index[v, k] and tap K - 1 - k
+    tiles: Array = (
+        None  # i32[B, S, T] or None: all pairs again as row * K + tap, T at a time of the same tap, pads -1
+    )
 
 
 class VoxelLevel(NamedTuple):
@@ -274,6 +277,10 @@ class VoxelLevelConfig(NamedTuple):
     same3: bool = False
     down2: bool = False
     down3: bool = False
+    tiles: bool = (
+        False  # whether same3 and down3 list their pairs in tiles too: faster on a CPU where voxels have few
+    )
+    # neighbours (below a third of the taps, as at strides where each voxel holds about one point); ignored elsewhere
 
 
 class GeneratedLevelConfig(NamedTuple):
@@ -292,3 +299,8 @@ class VoxelPyramidConfig(NamedTuple):
     levels: tuple[VoxelLevelConfig, ...]
     generated: tuple[GeneratedLevelConfig, ...] = ()
     capacities: tuple[tuple[int, ...], ...] = ()  # rungs, each with the rows of every level, small to large
+
+
+# What the loader hands to a network beside the points, and how it is built.
+AnyPyramid = PointPyramid | VoxelPyramid
+AnyPyramidConfig = PyramidConfig | VoxelPyramidConfig

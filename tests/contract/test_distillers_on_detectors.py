@@ -1,13 +1,18 @@
-"""Every distiller on every detector: finite with and without boxes, trains the student, leaves the teacher alone."""
+"""Every distiller on every detector: finite with and without boxes, trains the student, leaves the teacher alone.
 
-from functools import partial
+By default numbers are computed for a subset that covers every distiller and every detector, and of all other pairs only the
+shapes are worked out, forwards and backwards; `-m slow` computes them all.
+"""
+
+from functools import cache, partial
 from types import SimpleNamespace
 
+import h3dnet_scenes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scenes import make_batch, tiny_config
+from scenes import make_batch, tiny_config, tiny_groupfree3d_config, tiny_three_detr_config
 
 from vrdistill_jax.detectors import DETECTORS, find_detector
 from vrdistill_jax.distillers import DISTILLERS, find_distiller
@@ -21,71 +26,96 @@ jit = partial(
 # Methods that draw random numbers for the whole batch: another batch size gives other numbers.
 RANDOM = ("mgd",)
 # A small config of each detector; a detector without one fails the first test.
-CONFIGS = {"votenet": tiny_config}
+CONFIGS = {
+    "votenet": tiny_config,
+    "groupfree3d": tiny_groupfree3d_config,
+    "h3dnet": h3dnet_scenes.small_config,
+    "3detr": tiny_three_detr_config,
+    "3detr_m": partial(tiny_three_detr_config, masked=True),
+}
+# Detectors that do not offer the taps yet.
+WITHOUT_TAPS = {"tr3d", "sr3d"}
+PAIRS = [(detector, distiller) for detector in CONFIGS for distiller in DISTILLERS]
+COVERING = [pair for pair in PAIRS if "votenet" in pair or "seed" in pair]
 
 
 def test_every_detector_takes_part():
-    assert set(CONFIGS) == set(DETECTORS)
+    assert set(CONFIGS) | WITHOUT_TAPS == set(DETECTORS)
 
 
-class Pair:
-    """A student and a teacher of twice its width on the same scenes."""
-
-    def __init__(self, name: str):
-        detector = find_detector(name)
-        self.student_config, self.teacher_config = CONFIGS[name](), CONFIGS[name]()
-        self.teacher_config.detector.width *= 2
-        self.batches = {n: make_batch(self.student_config, num_boxes=n) for n in (0, 3)}
-        scene, pyramid = self.batches[3]
-        self.student, self.teacher = (
-            detector.build(c.detector) for c in (self.student_config, self.teacher_config)
-        )
-        self.variables, self.teacher_variables = (
-            init_variables(model, jax.random.key(n), scene.points, pyramid)
-            for n, model in enumerate((self.student, self.teacher))
-        )
+@cache
+def networks(name: str) -> SimpleNamespace:
+    """A student and a teacher of twice its width, and the same scenes without and with boxes."""
+    detector, student_config, teacher_config = find_detector(name), CONFIGS[name](), CONFIGS[name]()
+    teacher_config.detector.width *= 2
+    batches = {n: make_batch(student_config, num_boxes=n) for n in (0, 3)}
+    scene, pyramid = batches[3]
+    student, teacher = (detector.build(c.detector) for c in (student_config, teacher_config))
+    variables, teacher_variables = (
+        init_variables(model, jax.random.key(n), scene.points, pyramid)
+        for n, model in enumerate((student, teacher))
+    )
+    return SimpleNamespace(**locals())
 
 
-@pytest.fixture(scope="module", params=list(DETECTORS))
-def pair(request):
-    return Pair(request.param)
-
-
-@pytest.fixture(scope="module", params=list(DISTILLERS))
-def loss(request, pair):
-    """loss(student parameters, teacher variables, distiller parameters, batch), and the distiller's parameters."""
-    file = find_distiller(request.param)
-    module = file.build(file.default_config(), pair.student_config.detector, pair.teacher_config.detector)
+@cache
+def distillation(detector: str, distiller: str) -> SimpleNamespace:
+    """`total`(student's parameters, teacher's variables, distiller's parameters, batch) -> (loss, terms), and `init`(batch)."""
+    of, file = networks(detector), find_distiller(distiller)
+    module = file.build(file.default_config(), of.student_config.detector, of.teacher_config.detector)
 
     def outputs(params, teacher_variables, batch):
         scene, pyramid = batch
-        variables = pair.variables | {"params": params}
-        taught = pair.teacher.apply(teacher_variables, scene.points, pyramid, train=False)
-        output = pair.student.apply(variables, scene.points, pyramid, train=False)
+        variables = of.variables | {"params": params}
+        taught = of.teacher.apply(teacher_variables, scene.points, pyramid, train=False)
+        output = of.student.apply(variables, scene.points, pyramid, train=False)
         aligned = None
         if file.NEEDS_ALIGNED:
-            aligned = pair.student.apply(variables, output, taught, train=False, method="propose_like")
+            aligned = of.student.apply(variables, output, taught, train=False, method="propose_like")
         return output, taught, aligned
 
     def total(params, teacher_variables, learned, batch):
         output, taught, aligned = outputs(params, teacher_variables, batch)
         rngs = {"distiller": jax.random.key(0)}
-        value, terms = module.apply(
-            {"params": learned}, output, taught, batch.scene, aligned=aligned, rngs=rngs
-        )
-        return value, terms
+        return module.apply({"params": learned}, output, taught, batch.scene, aligned=aligned, rngs=rngs)
 
     def init(batch):
-        output, taught, aligned = outputs(pair.variables["params"], pair.teacher_variables, batch)
+        output, taught, aligned = outputs(of.variables["params"], of.teacher_variables, batch)
         keys = {"params": jax.random.key(1), "distiller": jax.random.key(0)}
         return module.init(keys, output, taught, batch.scene, aligned=aligned).get("params", {})
 
-    learned = jit(init)(pair.batches[3])
-    gradient = jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
-    value = jit(lambda *arguments: total(*arguments)[0])
-    arguments = (pair.variables["params"], pair.teacher_variables, learned)
+    gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
+    return SimpleNamespace(total=total, init=init, gradient=gradient)
+
+
+@pytest.mark.parametrize(("detector", "distiller"), [pair for pair in PAIRS if pair not in COVERING])
+def test_shapes(detector, distiller):
+    of, made = networks(detector), distillation(detector, distiller)
+    learned = jax.eval_shape(made.init, of.batches[3])
+    arguments = (of.variables["params"], of.teacher_variables, learned)
+    (value, terms), gradients = jax.eval_shape(made.gradient, *arguments, of.batches[3])
+    assert value.shape == ()
+    assert all(term.shape == () for term in terms.values())
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, arguments)
+
+
+def numbers(pairs, **options):
+    return [pytest.param(pair, id="-".join(pair), **options) for pair in pairs]
+
+
+@pytest.fixture(
+    scope="module",
+    params=numbers(COVERING)
+    + numbers([pair for pair in PAIRS if pair not in COVERING], marks=pytest.mark.slow),
+)
+def loss(request):
+    of, made = networks(request.param[0]), distillation(*request.param)
+    learned = jit(made.init)(of.batches[3])
+    arguments = (of.variables["params"], of.teacher_variables, learned)
+    gradient, value = jit(made.gradient), jit(lambda *arguments: made.total(*arguments)[0])
     return SimpleNamespace(
-        name=request.param,
+        networks=of,
+        distiller=request.param[1],
         gradient=lambda batch: gradient(*arguments, batch),
         value=lambda batch: value(*arguments, batch),
     )
@@ -95,8 +125,8 @@ def total_size(tree) -> float:
     return float(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
-def test_finite_with_and_without_boxes_and_trains_the_student_only(pair, loss):
-    for num_boxes, batch in pair.batches.items():
+def test_finite_with_and_without_boxes_and_trains_the_student_only(loss):
+    for num_boxes, batch in loss.networks.batches.items():
         (value, terms), gradients = loss.gradient(batch)
         assert np.isfinite(value)
         assert value >= 0
@@ -109,8 +139,8 @@ def test_finite_with_and_without_boxes_and_trains_the_student_only(pair, loss):
             assert total_size(of_student) > 0
 
 
-def test_more_padding_of_boxes_changes_nothing(pair, loss):
-    scene, pyramid = pair.batches[3]
+def test_more_padding_of_boxes_changes_nothing(loss):
+    scene, pyramid = loss.networks.batches[3]
     boxes = scene.boxes
 
     def pad(array, value):
@@ -122,14 +152,14 @@ def test_more_padding_of_boxes_changes_nothing(pair, loss):
         pad(boxes.vote_center, 0),
     )  # fmt: skip
     after = loss.value(Batch(scene._replace(boxes=padded), pyramid))
-    np.testing.assert_allclose(after, loss.value(pair.batches[3]), rtol=1e-5)
+    np.testing.assert_allclose(after, loss.value(Batch(scene, pyramid)), rtol=1e-5)
 
 
-def test_a_padded_scene_changes_nothing(pair, loss):
+def test_a_padded_scene_changes_nothing(loss):
     """The same scenes with a third one that the mask takes out, full of other points."""
-    if loss.name in RANDOM:
+    if loss.distiller in RANDOM:
         pytest.skip("draws its numbers for the whole batch")
-    scene, pyramid = make_batch(pair.student_config, seeds=(0, 1, 2))
+    scene, pyramid = make_batch(loss.networks.student_config, seeds=(0, 1, 2))
     scene: Scene = scene._replace(mask=np.array([True, True, False]))
     after = loss.value(Batch(scene, pyramid))
-    np.testing.assert_allclose(after, loss.value(pair.batches[3]), rtol=2e-5)
+    np.testing.assert_allclose(after, loss.value(loss.networks.batches[3]), rtol=2e-5)

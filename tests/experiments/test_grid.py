@@ -22,7 +22,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cells():
-    rows = choose_rows(table_rows(3), ["Student", "refinement, soft mask"])
+    rows = choose_rows(table_rows(3), ["Student", "both"])
     return [row.cell(SEED) for row in rows]
 
 
@@ -76,7 +76,7 @@ def test_a_cell_that_another_process_holds_is_skipped(study, tmp_path):
 def test_table_has_scores_gains_and_the_papers_numbers(done):
     table = make_table(3, done, seeds=1)
     by_label = {entry["label"]: entry for entry in table.data}
-    student, full = by_label["Student"], by_label["refinement, soft mask"]
+    student, full = by_label["Student"], by_label["both"]
     gain = full["mAP@0.25"]["mean"] - student["mAP@0.25"]["mean"]
     assert full["mAP@0.25"]["gain"] == pytest.approx(gain)
     assert full["paper"] == (58.8, 36.5)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import vrdistill_jax
-from vrdistill_jax.data.loader import stack_trees
+from vrdistill_jax.data.loader import stack_scenes
 from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid
 from vrdistill_jax.data.synthrooms import generate_scene
 from vrdistill_jax.detectors import find_detector
@@ -54,7 +54,7 @@ def training_batch(config: Any, rooms: list[dict]) -> Batch:
     for index, room in enumerate(rooms):
         scene = labelled_scene(room, index, config, np.random.default_rng(index), train=True)
         prepared.append(scene_with_pyramid(scene, pyramid))
-    return Batch(*stack_trees(prepared))
+    return Batch(*stack_scenes(prepared, pyramid))
 
 
 def scanned_room(num_points: int) -> np.ndarray:

@@ -5,14 +5,16 @@ starting the pipeline at its step; there is no iterator state to save.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vrdistill_jax.data.augment import read_augmentation
 from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid
-from vrdistill_jax.structs import PointPyramid, PyramidConfig, Scene
+from vrdistill_jax.geometry.host.voxel_pyramid import pad_voxel_pyramids
+from vrdistill_jax.structs import AnyPyramid, AnyPyramidConfig, Scene, VoxelPyramidConfig
 
 
 class PreparedScenes:
@@ -25,13 +27,13 @@ class PreparedScenes:
       train: whether to augment, and to draw other points in each epoch.
     """
 
-    def __init__(self, source: Any, config: Any, pyramid: PyramidConfig, train: bool):
+    def __init__(self, source: Any, config: Any, pyramid: AnyPyramidConfig, train: bool):
         self.source, self.config, self.pyramid, self.train = source, config, pyramid, train
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def prepare(self, index: int, epoch: int = 0) -> tuple[Scene, PointPyramid]:
+    def prepare(self, index: int, epoch: int = 0) -> tuple[Scene, AnyPyramid]:
         """One scene; evaluation draws the same points of a scene whenever it is read."""
         seed = [self.config.seed, self.train, epoch if self.train else 0, index]
         rng = np.random.default_rng(np.random.SeedSequence(seed))
@@ -40,8 +42,8 @@ class PreparedScenes:
 
 
 def train_batches(
-    source: Any, config: Any, pyramid: PyramidConfig, start_step: int = 0
-) -> Iterator[tuple[Scene, PointPyramid]]:
+    source: Any, config: Any, pyramid: AnyPyramidConfig, start_step: int = 0
+) -> Iterator[tuple[Scene, AnyPyramid]]:
     """Endless shuffled, augmented batches.
 
     Args:
@@ -66,7 +68,8 @@ def train_batches(
     num_workers = config.dataset.get("num_workers", 0)
     order = grain.MapDataset.range(count).seed(config.seed).shuffle().repeat()
     rows = grain.MapDataset.source(_Positions(order, count)).map(lambda at: scenes.prepare(*at))
-    batches = rows.batch(config.train.batch_size, drop_remainder=True)[start_step:]
+    stack = partial(stack_scenes, config=pyramid)
+    batches = rows.batch(config.train.batch_size, drop_remainder=True, batch_fn=stack)[start_step:]
     # The buffer bounds how many batches are under way: with fewer than threads, the others would idle.
     ahead = max(num_threads, 2)
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead))
@@ -79,7 +82,7 @@ def train_batches(
     return _iterate(dataset)
 
 
-def _iterate(dataset: Any) -> Iterator[tuple[Scene, PointPyramid]]:
+def _iterate(dataset: Any) -> Iterator[tuple[Scene, AnyPyramid]]:
     """Ends threads and workers when the caller drops the iterator."""
     iterator = iter(dataset)
     try:
@@ -102,8 +105,8 @@ class _Positions:
 
 
 def evaluation_batches(
-    source: Any, config: Any, pyramid: PyramidConfig, batch_size: int
-) -> Iterator[tuple[Scene, PointPyramid]]:
+    source: Any, config: Any, pyramid: AnyPyramidConfig, batch_size: int
+) -> Iterator[tuple[Scene, AnyPyramid]]:
     """Every scene once, in order; the last batch is filled with copies whose scene.mask is False.
 
     Arguments as in `train_batches`.
@@ -116,7 +119,7 @@ def evaluation_batches(
 
     def prepare(start: int):
         rows = np.arange(start, start + batch_size)
-        scene, built = stack_trees([scenes.prepare(min(int(row), count - 1)) for row in rows])
+        scene, built = stack_scenes([scenes.prepare(min(int(row), count - 1)) for row in rows], pyramid)
         return scene._replace(mask=rows < count), built
 
     num_threads = max(config.dataset.num_threads, 1)
@@ -128,6 +131,27 @@ def evaluation_batches(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def stack_scenes(
+    prepared: Sequence[tuple[Scene, AnyPyramid]], config: AnyPyramidConfig
+) -> tuple[Scene, AnyPyramid]:
+    """Makes a batch.
+
+    Args:
+      prepared: scenes with their geometry, of `samples.scene_with_pyramid`.
+      config: what the geometry was built with.
+
+    Returns:
+      Scene and geometry with a leading batch axis. Voxel pyramids are padded to the smallest capacities that hold all.
+
+    Raises:
+      ValueError: if a scene has more voxels than the largest capacities.
+    """
+    scenes, pyramids = zip(*prepared, strict=True)
+    if isinstance(config, VoxelPyramidConfig):
+        pyramids = tuple(pad_voxel_pyramids(pyramids, config))
+    return stack_trees(list(zip(scenes, pyramids, strict=True)))
 
 
 def stack_trees(trees: list) -> Any:

@@ -8,7 +8,15 @@ import numpy as np
 from vrdistill_jax.data.augment import augment
 from vrdistill_jax.geometry.host.boxes import FACE_MARGIN
 from vrdistill_jax.geometry.host.point_pyramid import build_point_pyramid
-from vrdistill_jax.structs import PointPyramid, Points, PyramidConfig, Scene, pad_boxes
+from vrdistill_jax.geometry.host.voxel_pyramid import build_voxel_pyramid
+from vrdistill_jax.structs import (
+    AnyPyramid,
+    AnyPyramidConfig,
+    Points,
+    Scene,
+    VoxelPyramidConfig,
+    pad_boxes,
+)
 
 VOTE_SLOTS = 3  # boxes per point that oriented, overlapping boxes may claim (SUN RGB-D)
 
@@ -220,6 +228,8 @@ def _vote_slots(xyz, boxes, turn):
     return slots
 
 
-def scene_with_pyramid(scene: Scene, config: PyramidConfig) -> tuple[Scene, PointPyramid]:
-    """Adds the geometry that every network reading this cloud shares."""
+def scene_with_pyramid(scene: Scene, config: AnyPyramidConfig) -> tuple[Scene, AnyPyramid]:
+    """Adds the geometry that every network reading this cloud shares; `loader.stack_scenes` makes a batch of several."""
+    if isinstance(config, VoxelPyramidConfig):
+        return scene, build_voxel_pyramid(scene.points.xyz, scene.points.mask, config)
     return scene, build_point_pyramid(scene.points.xyz, scene.points.mask, config)

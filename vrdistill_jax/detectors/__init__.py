@@ -5,14 +5,23 @@ A detector is a module with
   pyramid_config(config)                what the loader computes once per cloud
   loss(output, scene, config, axis_name=None) -> (total, terms)
   decode(output, points, config) -> Detections
-where `config` is `config.detector`.
+where `config` is `config.detector`. A network whose proposals can be compared one by one with another's has a method
+  propose_like(output, other, train=...) -> DetectorOutput   the proposals of `output`'s network where `other` has its own
 """
 
 from types import ModuleType
 
-from vrdistill_jax.detectors import votenet
+from vrdistill_jax.detectors import groupfree3d, h3dnet, sr3d, three_detr, tr3d, votenet
 
-DETECTORS: dict[str, ModuleType] = {"votenet": votenet}
+DETECTORS: dict[str, ModuleType] = {
+    "votenet": votenet,
+    "groupfree3d": groupfree3d,
+    "h3dnet": h3dnet,
+    "3detr": three_detr,
+    "3detr_m": three_detr,
+    "tr3d": tr3d,
+    "sr3d": sr3d,
+}
 
 
 def find_detector(name: str) -> ModuleType:

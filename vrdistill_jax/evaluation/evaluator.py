@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from vrdistill_jax.evaluation.average_precision import AveragePrecision
-from vrdistill_jax.structs import Detections, PointPyramid, Scene
+from vrdistill_jax.structs import AnyPyramid, Detections, Scene
 
 
 def evaluate(
     predict: Callable[..., Detections],
-    batches: Iterable[tuple[Scene, PointPyramid]],
+    batches: Iterable[tuple[Scene, AnyPyramid]],
     class_names: tuple[str, ...],
     thresholds: tuple[float, ...] = (0.25, 0.5),
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vrdistill_jax.data.loader import PreparedScenes, stack_trees
+from vrdistill_jax.data.loader import PreparedScenes, stack_scenes
 from vrdistill_jax.data.sources import open_source
 from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.distillers import vrdistill
@@ -115,7 +115,7 @@ def look_at_scene(run: Run, source: Any, row: int) -> SceneOutputs:
     """Shows a run the points of one scene that its evaluation would draw."""
     pyramid = find_detector(run.config.detector.name).pyramid_config(run.config.detector)
     prepared = PreparedScenes(source, run.config, pyramid, train=False).prepare(row)
-    scene, built = stack_trees([prepared])
+    scene, built = stack_scenes([prepared], pyramid)
     found, _, votes, _ = run.measure(scene, built)
     return SceneOutputs(scene, found, {name: points for name, points in votes.items() if points is not None})
 

@@ -24,14 +24,26 @@ from vrdistill_jax.training.checkpoint import describe_difference
 from vrdistill_jax.training.logging import describe_environment
 
 TEACHER = "teacher"
-# What a budget means: the size of the teacher (recipes.VOTENET_SIZES) and entries of the config.
+
+
+class Budget(NamedTuple):
+    """What a run of a budget looks like."""
+
+    size: str  # of the teacher, of recipes.VOTENET_SIZES
+    changes: dict[str, Any] = {}  # dotted config entries of all runs
+    teacher_changes: dict[str, Any] = {}  # and of the teacher's alone
+
+
 BUDGETS = {
-    "tiny": ("tiny", {}),  # for tests
-    "small": (
+    "tiny": Budget("tiny"),  # for tests
+    # Minutes per run on two CPU cores. The recipe's learning rate suits the narrow students; at full width, so few steps
+    # need a smaller one (docs/distillation.md).
+    "small": Budget(
         "teacher",
         {"train.num_steps": 1600, "train.batch_size": 4},
-    ),  # minutes per run on two CPU cores
-    "full": ("full", {}),  # the published size and schedule, for a GPU
+        {"optimizer.learning_rate": 1.5e-3},
+    ),
+    "full": Budget("full"),  # the published size and schedule, for a GPU
 }
 # Of a record's config: says nothing about what was trained (the teacher is named by the cell).
 NOT_COMPARED = ("teacher.",)
@@ -86,13 +98,13 @@ def cell_config(cell: Cell, study: Study) -> ConfigDict:
     for name, known in ((study.dataset, DATASETS), (study.budget, BUDGETS)):
         if name not in known:
             raise ValueError(f"unknown {name!r}; known: {', '.join(known)}")
-    size, entries = BUDGETS[study.budget]
+    size = BUDGETS[study.budget].size
     width = "same" if cell.width == TEACHER else cell.width
     config = student_config(cell.methods, width, size, study.dataset)
     config.seed = cell.seed
     config.dataset.data_dir = study.data_dir
     with config.ignore_type():  # 1 is a fine value of an entry that holds 1.0
-        for key, value in (*entries.items(), *cell.changes):
+        for key, value in cell_changes(cell, study).items():
             parts = key.split(".")
             section = config
             for part in parts[:-1]:
@@ -106,6 +118,13 @@ def cell_config(cell: Cell, study: Study) -> ConfigDict:
     return config
 
 
+def cell_changes(cell: Cell, study: Study) -> dict[str, Any]:
+    """Dotted config entries of a cell that its recipe has otherwise."""
+    budget = BUDGETS[study.budget]
+    of_teacher = budget.teacher_changes if cell.width == TEACHER else {}
+    return budget.changes | of_teacher | dict(cell.changes)
+
+
 def teacher_of(cell: Cell) -> Cell:
     """The teacher of the same seed."""
     return Cell(TEACHER, cell.seed)
@@ -113,10 +132,10 @@ def teacher_of(cell: Cell) -> Cell:
 
 def train_command(cell: Cell, study: Study) -> str:
     """The call of the verb `train` that does what the cell's run does."""
-    size, entries = BUDGETS[study.budget]
+    size = BUDGETS[study.budget].size
     methods, width = "+".join(cell.methods) or "none", "same" if cell.width == TEACHER else cell.width
     config = f"configs/distill/student.py:{methods},{width},{size},{study.dataset}"
-    changes = dict([("seed", cell.seed), *entries.items(), *cell.changes])
+    changes = {"seed": cell.seed} | cell_changes(cell, study)
     if cell.methods:
         changes["teacher.checkpoint"] = study.folder(teacher_of(cell)).as_posix()
     options = [f"--config.{key}={value}" for key, value in changes.items()]

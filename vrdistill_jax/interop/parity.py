@@ -1,5 +1,6 @@
 """A table that compares our numbers with another project's, tensor by tensor."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -156,3 +157,16 @@ class ParityTable:
 def _magnitude(values: np.ndarray) -> float:
     """The largest absolute value, 1 where all are 0."""
     return float(np.max(np.abs(values), initial=0.0)) or 1.0
+
+
+def has_file(table: ParityTable, path: pathlib.Path) -> bool:
+    """Whether the reference offers a file; if not, the table says so."""
+    if not path.is_file():
+        table.skipped.append(f"no {path.name} there")
+    return path.is_file()
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file."""
+    with np.load(path) as file:
+        return dict(file)

@@ -19,7 +19,7 @@ from vrdistill_jax.geometry.frames import camera_from_depth, yaw_from_votenet_he
 from vrdistill_jax.geometry.host.point_pyramid import build_point_pyramid
 from vrdistill_jax.geometry.nms import nms
 from vrdistill_jax.interop.name_map import Variables, flatten
-from vrdistill_jax.interop.parity import ParityTable
+from vrdistill_jax.interop.parity import ParityTable, has_file, load_arrays
 from vrdistill_jax.interop.torch_votenet import official_rules
 from vrdistill_jax.losses.bins import angle_from_bin
 from vrdistill_jax.nn.norm import update_running
@@ -103,17 +103,19 @@ def check_votenet(
         model = votenet.build(_with_sampling(config, sampling).detector)
         apply = jax.jit(lambda v, p, g, model=model: model.apply(v, p, g, train=False))
         outputs[sampling] = jax.tree.map(np.asarray, apply(variables, points, pyramid))
-    check_geometry(table, _load(golden / "outputs.npz"), pyramid)
-    check_forward(table, _load(golden / "outputs.npz"), outputs["seed_fps"], config)
-    check_decoding(table, _load(golden / "outputs.npz"), outputs["seed_fps"], points)
-    if _present(table, golden / "parse_configs.json"):
+    check_geometry(table, load_arrays(golden / "outputs.npz"), pyramid)
+    check_forward(table, load_arrays(golden / "outputs.npz"), outputs["seed_fps"], config)
+    check_decoding(table, load_arrays(golden / "outputs.npz"), outputs["seed_fps"], points)
+    if has_file(table, golden / "parse_configs.json"):
         configs = json.loads((golden / "parse_configs.json").read_text())
-        check_parsing(table, _load(golden / "outputs.npz"), configs, outputs["seed_fps"], points)
-    if _present(table, golden / "outputs_vote_fps.npz"):
-        check_clusters(table, _load(golden / "outputs_vote_fps.npz"), outputs["vote_fps"], "vote_fps:", HEAD)
-    if _present(table, golden / "losses.json") and _present(table, inputs / "labels.npz"):
+        check_parsing(table, load_arrays(golden / "outputs.npz"), configs, outputs["seed_fps"], points)
+    if has_file(table, golden / "outputs_vote_fps.npz"):
+        check_clusters(
+            table, load_arrays(golden / "outputs_vote_fps.npz"), outputs["vote_fps"], "vote_fps:", HEAD
+        )
+    if has_file(table, golden / "losses.json") and has_file(table, inputs / "labels.npz"):
         losses = json.loads((golden / "losses.json").read_text())
-        scene = scene_from_labels(points, _load(inputs / "labels.npz"), config)
+        scene = scene_from_labels(points, load_arrays(inputs / "labels.npz"), config)
         for sampling, output in outputs.items():
             if f"eval_{sampling}" in losses:
                 total, terms = votenet.loss(output, scene, _with_sampling(config, sampling).detector)
@@ -322,8 +324,8 @@ def _check_training(table, golden_folder, losses, variables, config, scene, pyra
 
     total, terms, output, stats, gradients = jax.tree.map(np.asarray, step(variables, scene, pyramid))
     path = golden_folder / f"train_outputs_{sampling}.npz"
-    if _present(table, path):
-        golden = _load(path)
+    if has_file(table, path):
+        golden = load_arrays(path)
         table.add_exact(f"{prefix}seed_inds", output.raw.votes.seed_index, golden["seed_inds"])
         table.add_stored(golden, "vote_xyz", output.raw.votes.xyz, TRAIN, label=f"{prefix}vote_xyz")
         check_clusters(table, golden, output, prefix, TRAIN)
@@ -339,14 +341,14 @@ def _check_training(table, golden_folder, losses, variables, config, scene, pyra
         tolerance = HEAD_GRADIENT if _behind_maxima(name) else GRADIENT_NORM
         table.add(f"{prefix}|grad {name}|", ours, norm, tolerance, scale=max(norm, 1e-3 * largest))
     path = golden_folder / f"grads_{sampling}.npz"
-    if _present(table, path):
-        for name, value in _load(path).items():
+    if has_file(table, path):
+        for name, value in load_arrays(path).items():
             tolerance = HEAD_GRADIENT if _behind_maxima(name) else GRADIENT
             table.add(f"{prefix}grad {name}", flat[rules[name].ours], rules[name].convert(value), tolerance)
     path = golden_folder / f"bn_after_{sampling}.npz"
-    if _present(table, path):
+    if has_file(table, path):
         after = flatten({"batch_stats": update_running(variables["batch_stats"], stats, NORM_MOMENTUM)})
-        for name, value in _load(path).items():
+        for name, value in load_arrays(path).items():
             if name in rules:
                 table.add(prefix + name, after[rules[name].ours], value, TRAIN)
             else:
@@ -363,14 +365,3 @@ def _with_sampling(config: ConfigDict, sampling: str) -> ConfigDict:
     config.detector.cluster_sampling = config.detector.cluster_sampling_eval = sampling
     config.detector.reference_padding = True
     return config
-
-
-def _present(table: ParityTable, path: pathlib.Path) -> bool:
-    if not path.is_file():
-        table.skipped.append(f"no {path.name} there")
-    return path.is_file()
-
-
-def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        return dict(file)

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vrdistill_jax.geometry.iou import box_diou, box_iou, enclosing_size
+
 
 def huber(error: Float[Array, "*n"], delta: float = 1.0) -> Float[Array, "*n"]:
     """0.5 e^2 inside |e| <= delta, delta (|e| - delta / 2) outside, unreduced."""
@@ -30,3 +32,52 @@ def nearest(
     """
     masked = jnp.where(mask[..., None, :], distance, 1e10)
     return jnp.min(masked, axis=-1), jnp.argmin(masked, axis=-1)
+
+
+def iou_loss(
+    predicted: Float[Array, "*#n 7"], target: Float[Array, "*#n 7"], *, rotated: bool = True
+) -> Float[Array, "*n"]:
+    """1 - IoU of box pairs, unreduced.
+
+    Args:
+      predicted: f32[..., 7] centre, full size, yaw; metres and radians.
+      target: f32[..., 7].
+      rotated: False ignores yaws.
+
+    Returns:
+      f32[...] in [0, 1].
+    """
+    return 1 - box_iou(predicted, target, rotated=rotated)
+
+
+def diou_loss(
+    predicted: Float[Array, "*#n 7"],
+    target: Float[Array, "*#n 7"],
+    *,
+    rotated: bool = True,
+    reference: bool = False,
+) -> Float[Array, "*n"]:
+    """1 - DIoU of box pairs (1 - IoU + squared centre distance / squared enclosing diagonal), unreduced.
+
+    Args:
+      predicted: f32[..., 7] centre, full size, yaw; metres and radians.
+      target: f32[..., 7].
+      rotated: False ignores yaws.
+      reference: for turned boxes, takes the difference of the lengths along the box axis (the fourth number) for that of
+        the heights of the centres, as the references do; axis-aligned boxes are not concerned.
+
+    Returns:
+      f32[...] in [0, 2] (a little more with `reference`).
+
+    Source: TR3D's losses in tr3d and mmdetection3d.
+    Differs: the centre distance is right unless `reference` is set.
+    """
+    loss = 1 - box_diou(predicted, target, rotated=rotated)
+    if not (reference and rotated):
+        return loss
+    difference = jnp.square(predicted - target)
+    diagonal = jnp.sum(jnp.square(enclosing_size(predicted, target, rotated=True)), -1)
+    positive = diagonal > 0
+    return loss + jnp.where(
+        positive, (difference[..., 3] - difference[..., 2]) / jnp.where(positive, diagonal, 1.0), 0.0
+    )

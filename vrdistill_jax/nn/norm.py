@@ -109,6 +109,6 @@ def update_running(running: dict, batch: dict, momentum: float | Array) -> dict:
       momentum: weight of the new statistics in [0, 1] (PyTorch's meaning; Flax's is one minus it).
 
     Returns:
-      (1 - momentum) * running + momentum * batch.
+      running + momentum * (batch - running): entries that are equal stay the same, bit for bit.
     """
-    return jax.tree.map(lambda old, new: (1 - momentum) * old + momentum * new, running, batch)
+    return jax.tree.map(lambda old, new: old + momentum * (new - old), running, batch)

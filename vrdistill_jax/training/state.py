@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vrdistill_jax.structs import Array, PointPyramid, Points, Scene
+from vrdistill_jax.structs import AnyPyramid, Array, Points, Scene
 
 
 class Batch(NamedTuple):
     """What the loader delivers: scenes and the geometry that networks share."""
 
     scene: Scene
-    pyramid: PointPyramid
+    pyramid: AnyPyramid
 
 
 class DistillerState(NamedTuple):
@@ -39,7 +39,7 @@ class TrainState(NamedTuple):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def init_variables(model: nn.Module, key: Array, points: Points, pyramid: PointPyramid) -> dict:
+def init_variables(model: nn.Module, key: Array, points: Points, pyramid: AnyPyramid) -> dict:
     """Initial parameters and running statistics; only the shapes of `points` and `pyramid` matter."""
     return jax.jit(lambda k: model.init(k, points, pyramid, train=False))(key)
 

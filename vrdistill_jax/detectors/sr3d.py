@@ -1,0 +1,28 @@
+"""SR3D: TR3D's network, trained so that scores rank boxes by how well they fit.
+
+Two parts differ from TR3D: anchors are assigned by geometry (SPOTA, `assigners.spota`) and class scores are distilled from
+the ranks of the network's own boxes (RAS, `losses.ranking`). Inference is TR3D's.
+
+Source: "Real-Time 3D Object Detection with Inference-Aligned Learning" (SR3D, 2026). No code was released.
+"""
+
+from ml_collections import ConfigDict
+
+from vrdistill_jax.detectors import tr3d
+from vrdistill_jax.detectors.tr3d import build, decode, feature_size, loss, pyramid_config
+
+__all__ = ["build", "decode", "default_config", "feature_size", "loss", "pyramid_config"]
+
+
+def default_config(class_names, mean_sizes, oriented: bool) -> ConfigDict:
+    """The published detector as `config.detector`; entries as in `tr3d.default_config`.
+
+    The ablations of the paper: assigner "top_k" (without SPOTA), classification_loss "focal" (without RAS);
+    assigners.spota.class_weight = 1 (with a classification cost), assigners.spota.vertex_distance = False (without R_VD);
+    assigner "simota" or "alignota"; classification_loss "qfl" or "vfl".
+    """
+    config = tr3d.default_config(class_names, mean_sizes, oriented)
+    config.name = "sr3d"
+    config.assigner = "spota"
+    config.classification_loss = "ras"
+    return config
