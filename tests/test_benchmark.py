@@ -144,7 +144,9 @@ def test_the_cloud_is_a_room_and_always_the_same():
 
 
 def test_unknown_suites_list_the_known_ones():
-    with pytest.raises(ValueError, match="unknown suite 'speed'; known: pyramid, votenet, train_step, peers"):
+    with pytest.raises(
+        ValueError, match="unknown suite 'speed'; known: pyramid, votenet, train_step, distill_step, peers"
+    ):
         benchmark.benchmark(("speed",), QUICK)
 
 

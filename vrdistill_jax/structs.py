@@ -234,6 +234,14 @@ def _check(array: Array, name: str, shape: tuple[int | None, ...], dtype) -> Non
         raise ValueError(f"{name} has dtype {array.dtype}, expected {np.dtype(dtype)}")
 
 
+class PairTiles(NamedTuple):
+    """The pairs of a kernel map once more, T at a time of the same tap: a faster form where few taps are present."""
+
+    tap: Array  # i32[B, S] of each tile; -1 behind the last one; all -2 where there were more pairs than room
+    fine: Array  # i32[B, S, T] rows of the finer level, -1 in pads
+    coarse: Array  # i32[B, S, T] rows of the coarser level (of the same level for stride 1), -1 in pads
+
+
 class KernelMap(NamedTuple):
     """Which voxels the taps of a sparse kernel read. One map serves the forward and the backward pass of every layer.
 
@@ -244,9 +252,7 @@ class KernelMap(NamedTuple):
     index: Array  # i32[B, V, K] rows of the finer level, -1 none
     reverse: Array  # i32[B, W, R] the same pairs from the finer level's side: row * K + tap, -1 none;
     # None for stride 1, where the pair of row v and tap k is also that of row index[v, k] and tap K - 1 - k
-    tiles: Array = (
-        None  # i32[B, S, T] or None: all pairs again as row * K + tap, T at a time of the same tap, pads -1
-    )
+    tiles: PairTiles | None = None
 
 
 class VoxelLevel(NamedTuple):
@@ -277,10 +283,8 @@ class VoxelLevelConfig(NamedTuple):
     same3: bool = False
     down2: bool = False
     down3: bool = False
-    tiles: bool = (
-        False  # whether same3 and down3 list their pairs in tiles too: faster on a CPU where voxels have few
-    )
-    # neighbours (below a third of the taps, as at strides where each voxel holds about one point); ignored elsewhere
+    tiles: bool = False  # whether same3 and down3 list their pairs in tiles too: on a CPU faster
+    # where less than a third of the taps are present, as at strides where voxels hold about one point each
 
 
 class GeneratedLevelConfig(NamedTuple):

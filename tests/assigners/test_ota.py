@@ -11,6 +11,8 @@ from oracles import assigners as oracle
 from vrdistill_jax.assigners import alignota, ota, simota
 from vrdistill_jax.assigners.assignment import Task, dynamic_counts
 
+pytestmark = pytest.mark.slow  # compiling these networks takes minutes of processor time
+
 TASK = Task(True)
 ORACLES = {
     "ota": (ota, oracle.ota),

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles.groupfree3d import loss as loss_oracle
-from scenes import make_batch, tiny_config
+from scenes import make_batch, tiny_config, tiny_groupfree3d_config
 
-from vrdistill_jax.detectors import DETECTORS, groupfree3d
+from vrdistill_jax.detectors import groupfree3d
 from vrdistill_jax.detectors.decoding import PREDICT, DecodeConfig
 from vrdistill_jax.detectors.groupfree3d_head import HeadOutput, merge_heads
 from vrdistill_jax.structs import Boxes, PointSet
 from vrdistill_jax.training.state import count_parameters
+
+pytestmark = pytest.mark.slow  # compiling these networks takes minutes of processor time
 
 # Each program runs a few times: compiling it well would take longer than it saves.
 jit = partial(
@@ -21,30 +23,11 @@ SIZES = tiny_config().detector.mean_sizes
 CLASSES = ("a", "b", "c", "d")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DETECTORS, "groupfree3d", groupfree3d)
-        yield
-
-
-def small_config(oriented: bool = False, **changes):
-    """A whole config with a very small Group-Free-3D; `changes` set dotted keys."""
-    config = tiny_config()
-    config.detector = groupfree3d.default_config(CLASSES, SIZES, oriented)
-    config.detector.update(
-        width=1 / 8, num_proposals=12, decoder_layers=2, num_heads=4, dropout=0.0,
-        levels=((64, 0.5, 8), (32, 0.8, 8), (16, 1.0, 8), (8, 1.5, 8)),
-    )  # fmt: skip
-    config.update_from_flattened_dict(changes)
-    return config
-
-
 class Network:
     """A small network with its variables and compiled passes."""
 
     def __init__(self, oriented: bool):
-        self.whole = small_config(oriented)
+        self.whole = tiny_groupfree3d_config(oriented)
         self.config = self.whole.detector
         self.model = groupfree3d.build(self.config)
         batch = self.batch()
@@ -109,7 +92,7 @@ def plain():
     ],
 )
 def test_parameter_counts(oriented, changes, expected):
-    batch = make_batch(small_config())
+    batch = make_batch(tiny_groupfree3d_config())
     count = 10 if oriented else 18
     detector = groupfree3d.default_config(tuple(map(str, range(count))), ((1, 1, 1),) * count, oriented)
     detector.update(changes, num_proposals=12)
@@ -157,7 +140,7 @@ def test_taps(network):
 
 @pytest.mark.parametrize(("layer", "row"), [(1, 0), (-1, 1)])
 def test_tap_layer(plain, layer, row):
-    config = small_config(**{"detector.tap_layer": layer}).detector
+    config = tiny_groupfree3d_config(**{"detector.tap_layer": layer}).detector
     batch = plain.batch()
     model = groupfree3d.build(config)
     output = jit(lambda v, batch: model.apply(v, *batch_input(batch), train=False))(plain.variables, batch)
@@ -310,7 +293,7 @@ def test_seeds_that_are_to_become_queries():
         np.array([[[0.0, 0, 0], [5, 0, 0], [0, 0, 0]]]), np.ones((1, 3, 3)), np.zeros((1, 3)), np.zeros((1, 3), int),
         np.array([[True, True, False]]), None,
     )  # fmt: skip
-    config = small_config().detector
+    config = tiny_groupfree3d_config().detector
 
     def picked():
         chosen = groupfree3d.pick_central_seeds(seeds, row, on_object, boxes, boxes.size, config)
@@ -331,7 +314,7 @@ def test_reference_sizes_are_those_of_the_aligned_box():
     boxes, output = batch.scene.boxes, network.forward(batch)
     turned = boxes._replace(yaw=np.full_like(boxes.yaw, np.pi / 2))
     swapped = boxes._replace(size=boxes.size[..., [1, 0, 2]])
-    config = small_config(True, **{"detector.reference_sizes": True}).detector
+    config = tiny_groupfree3d_config(True, **{"detector.reference_sizes": True}).detector
     found = groupfree3d.loss(output, batch.scene._replace(boxes=turned), config)[1]
     np.testing.assert_allclose(
         found["size"], network.loss(output, batch.scene._replace(boxes=swapped))[1]["size"], rtol=1e-5
@@ -376,7 +359,7 @@ def test_perfect_heads_decode_to_the_boxes_however_many_are_joined(plain):
     output = output._replace(raw=output.raw._replace(head=perfect_heads(boxes)))
     expected = np.concatenate([boxes.center, boxes.size], -1)[0, :3]
     for which in ("proposal", "last", "last_three", "all"):
-        config = small_config(**{"detector.merged_heads": which}).detector
+        config = tiny_groupfree3d_config(**{"detector.merged_heads": which}).detector
         found = groupfree3d.decode(output, batch.scene.points, config, PREDICT)
         assert int(found.mask[0].sum()) == 3, which
         order = np.argsort(found.boxes[0, :3, 0])
@@ -421,7 +404,7 @@ def test_heading_is_the_negative_of_yaw():
 
 
 def test_dropout_acts_in_training_only(plain):
-    config = small_config(**{"detector.dropout": 0.5}).detector
+    config = tiny_groupfree3d_config(**{"detector.dropout": 0.5}).detector
     model, batch = groupfree3d.build(config), plain.batch()
 
     @jit
@@ -439,14 +422,14 @@ def test_dropout_acts_in_training_only(plain):
 
 
 def test_configs_that_cannot_be_are_refused():
-    batch = make_batch(small_config())
+    batch = make_batch(tiny_groupfree3d_config())
     for changes, message in (
         ({"detector.sampling": "random"}, "sampling must be kps or fps, got 'random'"),
         ({"detector.decoder_layers": 0}, "decoder_layers=0 must be at least 1"),
         ({"detector.tap_layer": 3}, "tap_layer=3"),
         ({"detector.num_proposals": 33}, "33 proposals cannot be sampled from 32 seeds"),
     ):
-        model = groupfree3d.build(small_config(**changes).detector)
+        model = groupfree3d.build(tiny_groupfree3d_config(**changes).detector)
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda m=model: m.init(jax.random.key(0), *batch_input(batch), train=False))
 

@@ -13,6 +13,8 @@ from vrdistill_jax.interop.torch_h3dnet import h3dnet_config
 from vrdistill_jax.structs import HEAD_GROUPS
 from vrdistill_jax.training.state import count_parameters
 
+pytestmark = pytest.mark.slow  # compiling these networks takes minutes of processor time
+
 CONFIG = small_config(**{"dataset.num_points": 700})  # the scenes have 600: the rest is padding
 
 

@@ -12,6 +12,8 @@ from vrdistill_jax.detectors import three_detr
 from vrdistill_jax.detectors.decoding import PREDICT, DecodeConfig
 from vrdistill_jax.training.state import Batch, count_parameters
 
+pytestmark = pytest.mark.slow  # compiling these networks takes minutes of processor time
+
 # Each program runs a few times: compiling it well would take longer than it saves.
 jit = partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -12,6 +12,8 @@ from vrdistill_jax.geometry.host.voxel_pyramid import build_voxel_pyramid, pad_v
 from vrdistill_jax.structs import Points, Scene, pad_boxes
 from vrdistill_jax.training.state import count_parameters
 
+pytestmark = pytest.mark.slow  # compiling these networks takes minutes of processor time
+
 CLASSES = ("a", "b", "c", "d")
 CAPACITIES = (640, 640, 640, 512, 320, 192, 64, 512, 3584)
 

@@ -83,8 +83,11 @@ def test_host_matches_dictionaries():
         expect(levels[4].skip.reverse, 2, 4, 1)
         expect(levels[5].skip.index, 5, 1, 1)
         for kernel_map in (levels[2].same3, levels[2].down3):
-            pairs = np.flatnonzero(kernel_map.index.reshape(-1) >= 0)
-            np.testing.assert_array_equal(np.sort(kernel_map.tiles[kernel_map.tiles >= 0]), pairs)
+            listed = kernel_map.tiles.coarse >= 0
+            tap = np.broadcast_to(kernel_map.tiles.tap[:, None], listed.shape)[listed]
+            fine = kernel_map.index[kernel_map.tiles.coarse[listed], tap]
+            np.testing.assert_array_equal(kernel_map.tiles.fine[listed], fine)
+            assert listed.sum() == (kernel_map.index >= 0).sum()
         assert levels[2].down2.tiles is levels[3].same3.tiles is None
         assert levels[0].down3 is None
         assert levels[1].same3 is None

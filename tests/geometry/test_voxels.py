@@ -167,18 +167,21 @@ def test_tiles_list_the_pairs_tap_by_tap():
             np.int32
         )
         tiles = host.tile_pairs(index)
-        want = np.concatenate([np.flatnonzero(index[:, tap] >= 0) * 27 + tap for tap in range(27)])
-        np.testing.assert_array_equal(tiles[tiles >= 0], want)
-        taps = np.where(tiles >= 0, tiles % 27, -1)
-        assert (taps[:, :1] == np.where(tiles >= 0, taps, taps[:, :1])).all(), "one tap a tile"
-        assert (np.diff((tiles >= 0).astype(int), axis=1) <= 0).all(), "pads come last"
+        row, tap = np.nonzero(index.T >= 0)[::-1]  # tap by tap
+        listed = tiles.coarse >= 0
+        np.testing.assert_array_equal(tiles.coarse[listed], row)
+        np.testing.assert_array_equal(tiles.fine[listed], index[row, tap])
+        np.testing.assert_array_equal(np.broadcast_to(tiles.tap[:, None], listed.shape)[listed], tap)
+        np.testing.assert_array_equal(tiles.fine >= 0, listed)
+        assert listed.any(axis=1).all(), "no empty tile"
         on_device, room = tile_pairs(index), host.tile_capacity(3000, 27)
         if share == 1.0:
-            assert len(tiles) > room
-            assert (on_device == host.TOO_MANY_PAIRS).all()
-        else:
-            np.testing.assert_array_equal(on_device[: len(tiles)], tiles)
-            assert (np.asarray(on_device[len(tiles) :]) == -1).all()
+            assert len(tiles.tap) > room
+            assert (on_device.tap == host.TOO_MANY_PAIRS).all()
+            continue
+        for got, want in zip(on_device, tiles, strict=True):
+            np.testing.assert_array_equal(got[: len(want)], want)
+            assert (np.asarray(got[len(want) :]) == -1).all()
 
 
 def test_corners_interpolate_as_the_dictionary():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracles.groupfree3d import GroupFreeOracle, make_state
 
-from vrdistill_jax.detectors import DETECTORS, groupfree3d
+from vrdistill_jax.detectors import groupfree3d
 from vrdistill_jax.geometry.host.point_pyramid import build_point_pyramid
 from vrdistill_jax.import_torch import expected_variables
 from vrdistill_jax.interop.name_map import check_shapes, flatten
@@ -22,11 +22,6 @@ jit = partial(
 )
 SCANNET, SUNRGBD = (18, 1, True), (10, 12, False)
 QUARTER = {"width": 0.25}
-
-
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    monkeypatch.setitem(DETECTORS, "groupfree3d", groupfree3d)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from vrdistill_jax.interop.torch_file import read_torch_file
 from vrdistill_jax.interop.torch_tr3d import tr3d_config, tr3d_rules, variables_from_tr3d
 from vrdistill_jax.structs import Points, Scene, pad_boxes
 
+pytestmark = pytest.mark.slow  # compiling these networks takes minutes of processor time
+
 HEADS = {"scannet": (18, 6), "sunrgbd": (10, 8)}  # classes, box channels
 
 

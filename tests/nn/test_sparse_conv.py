@@ -17,7 +17,13 @@ from vrdistill_jax.geometry.voxels import find_corners
 from vrdistill_jax.nn import sparse_conv, sparse_products
 from vrdistill_jax.nn.mlp import Dense
 from vrdistill_jax.nn.norm import MaskedBatchNorm, update_running
-from vrdistill_jax.structs import GeneratedLevelConfig, KernelMap, VoxelLevelConfig, VoxelPyramidConfig
+from vrdistill_jax.structs import (
+    GeneratedLevelConfig,
+    KernelMap,
+    PairTiles,
+    VoxelLevelConfig,
+    VoxelPyramidConfig,
+)
 
 # Levels: 0-2 of the encoder (strides 1, 2, 4); 3 and 4 generated from 1 (to stride 1), 5 from 2 (to stride 2).
 CONFIG = VoxelPyramidConfig(
@@ -240,11 +246,11 @@ def test_the_form_by_pairs_equals_the_dense_form(name, monkeypatch):
         coords = np.stack(np.meshgrid([0], *[np.arange(15)] * 3, indexing="ij"), -1).reshape(-1, 4)
     else:  # more than a tile of pairs under some taps
         coords = np.unique(
-            np.concatenate([random.integers(0, 2, (1500, 1)), random.integers(-9, 9, (1500, 3))], 1), axis=0
+            np.concatenate([random.integers(0, 2, (3000, 1)), random.integers(-12, 12, (3000, 3))], 1), axis=0
         )
     levels = pyramid_of(coords, None, tiled).levels
     kernel_map = levels[0].same3 if name in ("same3", "too_many") else levels[1].down3
-    assert (kernel_map.tiles == -2).all() == (name == "too_many")
+    assert (kernel_map.tiles.tap == -2).all() == (name == "too_many")
     source, target = (1, 0) if name == "back3" else (0, 1 if name == "down3" else 0)
     transposed = name == "back3"
     x = random.normal(size=(*levels[source].mask.shape, 3)).astype(np.float32)
@@ -269,8 +275,9 @@ def test_the_form_by_pairs_equals_the_dense_form(name, monkeypatch):
 
 def test_tiles_choose_the_form_by_pairs(monkeypatch):
     index = jnp.asarray(np.arange(4, dtype=np.int32)[None, :, None])
-    tiles = np.full((1, 2, 256), -1, np.int32)
-    tiles[0, 0, :2] = [0, 2]  # two of the four pairs: the results tell the forms apart
+    rows = np.full((1, 2, 3), -1, np.int32)
+    rows[0, 0, :2] = [0, 2]  # two of the four pairs: the results tell the forms apart
+    tiles = PairTiles(np.array([[0, -1]], np.int32), rows, rows)
     x, kernel = jnp.arange(1.0, 5)[None, :, None], jnp.ones((1, 1, 1))
 
     def run(tiles):
@@ -278,7 +285,7 @@ def test_tiles_choose_the_form_by_pairs(monkeypatch):
 
     assert run(tiles) == [1, 0, 3, 0]
     assert run(None) == [1, 2, 3, 4]
-    assert run(np.full_like(tiles, -2)) == [1, 2, 3, 4]
+    assert run(tiles._replace(tap=np.full((1, 2), -2, np.int32))) == [1, 2, 3, 4]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert run(tiles) == [1, 2, 3, 4]
 

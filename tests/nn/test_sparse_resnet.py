@@ -23,6 +23,8 @@ from vrdistill_jax.nn.sparse_resnet import (
     tr3d_pyramid_config,
 )
 
+pytestmark = pytest.mark.slow  # compiling these networks takes minutes of processor time
+
 
 def prepare(clouds, config, capacities=None):
     """(features of the first level, pyramid) of clouds f32[n, 3 + F]."""

@@ -14,7 +14,7 @@ from vrdistill_jax.training.schedules import learning_rate_schedule, norm_moment
 from vrdistill_jax.training.state import init_state, init_variables
 from vrdistill_jax.training.step import make_train_step
 
-SUITE = "distill"
+SUITE = "distill_step"
 TARGET = 1.25  # times the sum of the two
 
 

@@ -18,6 +18,7 @@ from vrdistill_jax.geometry.host.voxels import (
     tap_range,
     tile_capacity,
 )
+from vrdistill_jax.structs import PairTiles
 
 BITS = 20
 BIAS = 1 << (BITS - 1)
@@ -187,7 +188,7 @@ def reverse_taps(index: Int[Array, "v k"], num_fine: int) -> Int[Array, "w r"]:
     return reverse.reshape(num_fine, width)
 
 
-def tile_pairs(index: Int[Array, "v k"]) -> Int[Array, "s t"]:
+def tile_pairs(index: Int[Array, "v k"]) -> PairTiles:
     """Lists the pairs of a map tap by tap, in as many tiles as `tile_capacity` says; all TOO_MANY_PAIRS if they do not fit.
 
     See `vrdistill_jax.geometry.host.voxels.tile_pairs`.
@@ -196,12 +197,20 @@ def tile_pairs(index: Int[Array, "v k"]) -> Int[Array, "s t"]:
     room = tile_capacity(num_rows, num_taps)
     present = index >= 0
     used = -(-jnp.sum(present, axis=0, dtype=jnp.int32) // TILE_SIZE)  # tiles of each tap
-    first = jnp.cumsum(used) - used
-    rank = jnp.cumsum(present, axis=0, dtype=jnp.int32) - 1
-    target = jnp.where(present, first * TILE_SIZE + rank, room * TILE_SIZE)
-    pair = jnp.arange(index.size, dtype=jnp.int32)
-    tiles = jnp.full(room * TILE_SIZE, -1, jnp.int32).at[target.reshape(-1)].set(pair, mode="drop")
-    return jnp.where(jnp.sum(used) > room, TOO_MANY_PAIRS, tiles.reshape(room, TILE_SIZE))
+    end = jnp.cumsum(used)
+    fits = end[-1] <= room
+    tile = jnp.arange(room, dtype=jnp.int32)
+    tap = jnp.searchsorted(end, tile, side="right").astype(jnp.int32)
+    tap = jnp.where(fits, jnp.where(tile < end[-1], tap, -1), TOO_MANY_PAIRS)
+    place = (end - used) * TILE_SIZE + jnp.cumsum(present, axis=0, dtype=jnp.int32) - 1
+    place = jnp.where(present & fits, place, room * TILE_SIZE)
+
+    def fill(values):
+        empty = jnp.full(room * TILE_SIZE, -1, jnp.int32)
+        return empty.at[place].set(values, mode="drop").reshape(room, TILE_SIZE)
+
+    row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+    return PairTiles(tap, fill(index), fill(jnp.broadcast_to(row, index.shape)))
 
 
 def match_rows(keys: Int[Array, "2 v"], others: Int[Array, "2 w"]) -> Int[Array, "v"]:

@@ -1,5 +1,6 @@
 """Moves tensors from another project's names into our tree of variables and accounts for every one."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,13 @@ import numpy as np
 from vrdistill_jax.data.point_tables import printable
 
 MAX_VALUES = 1 << 27  # of a network; these detectors have at most some 2^24
+# Names of the input features by their number of channels.
+INPUT_FEATURES: dict[int, tuple[str, ...]] = {
+    0: (),
+    1: ("height",),
+    3: ("color",),
+    4: ("color", "height"),
+}
 Tensors = Mapping[str, np.ndarray]
 Variables = dict[str, Any]
 
@@ -190,3 +198,17 @@ def _numbers(value: Any) -> np.ndarray:
 def _few(names: list[str], separator: str = ", ") -> str:
     shown = separator.join(printable(name, 200) for name in names[:6]) or "none"
     return shown + (f"{separator}and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def read_number(options: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    """A number among the options that a checkpoint was trained with; `default` where it is not among them.
+
+    Raises:
+      ValueError: if it is no finite number within [low, high].
+    """
+    value = options.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"the checkpoint's option {name} is no finite number")
+    if not low <= value <= high:
+        raise ValueError(f"the checkpoint's option {name} is {value}; expected {low} to {high}")
+    return value

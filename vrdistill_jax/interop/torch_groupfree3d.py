@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vrdistill_jax.detectors import groupfree3d
 from vrdistill_jax.interop.name_map import (
+    INPUT_FEATURES,
     Rule,
     Tensors,
     Variables,
@@ -18,16 +19,16 @@ from vrdistill_jax.interop.name_map import (
     find_state_dict,
     map_tensors,
     norm_rules,
+    read_number,
 )
 from vrdistill_jax.interop.torch_three_detr import (
-    _number,
     attention_rules,
     count_layers,
     feed_forward_rules,
     layer_norm_rules,
 )
-from vrdistill_jax.interop.torch_votenet import _FEATURES, votenet_config
 from vrdistill_jax.interop.torch_votenet import official_rules as votenet_rules
+from vrdistill_jax.interop.torch_votenet import votenet_config
 
 CONTAINERS = ("model",)
 _HEADS = {
@@ -176,11 +177,11 @@ def configure_from_shapes(variables: Variables, config: ConfigDict) -> None:
     """
     params, detector = variables["params"], config.detector
     inputs, first = params["backbone"]["sa1"]["mlp"]["layer0"]["dense"]["kernel"].shape
-    if inputs - 3 not in _FEATURES:
+    if inputs - 3 not in INPUT_FEATURES:
         raise ValueError(
             f"the first layer reads {inputs - 3} features per point; known are 0, 1 (height), 3 (colour), 4 (both)"
         )
-    detector.input_features = _FEATURES[inputs - 3]
+    detector.input_features = INPUT_FEATURES[inputs - 3]
     size = params["decoder_query_projection"]["kernel"].shape[0]
     if not size or not first:
         raise ValueError(f"the first layer has {first} channels and the decoder {size}; both must have some")
@@ -205,11 +206,11 @@ def configure_from_options(options: Mapping[str, Any], detector: ConfigDict) -> 
       ValueError: for a value that cannot be meant.
     """
     for theirs, (ours, limit) in _COUNTS.items():
-        detector[ours] = int(_number(options, theirs, detector[ours], 1, limit))
-    detector.dropout = float(_number(options, "transformer_dropout", detector.dropout, 0, 0.999))
+        detector[ours] = int(read_number(options, theirs, detector[ours], 1, limit))
+    detector.dropout = float(read_number(options, "transformer_dropout", detector.dropout, 0, 0.999))
     for name in _LENGTHS:
-        detector[name] = float(_number(options, name, detector[name], 1e-6, 1e6))
+        detector[name] = float(read_number(options, name, detector[name], 1e-6, 1e6))
     for theirs, group in _COEFFICIENTS.items():
         if theirs in options:
-            coefficient = float(_number(options, theirs, 1.0, 0, 1e6))
+            coefficient = float(read_number(options, theirs, 1.0, 0, 1e6))
             detector.loss_weight.update({term: coefficient * share for term, share in group.items()})

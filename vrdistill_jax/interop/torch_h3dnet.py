@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from vrdistill_jax.detectors import h3dnet
 from vrdistill_jax.interop.name_map import (
+    INPUT_FEATURES,
     Rule,
     Variables,
     dense_rules,
@@ -20,7 +21,6 @@ from vrdistill_jax.interop.name_map import (
 from vrdistill_jax.interop.torch_votenet import votenet_config
 
 CONTAINERS = ("model_state_dict",)
-_FEATURES: dict[int, tuple[str, ...]] = {0: (), 1: ("height",), 3: ("color",), 4: ("color", "height")}
 _SHARED: dict[str, Any] = {"conv": "layer{}.conv", "norm": "layer{}.bn.bn"}
 
 
@@ -127,11 +127,11 @@ def configure_from_shapes(variables: Variables, config: ConfigDict) -> ConfigDic
     """
     params, detector = variables["params"], config.detector
     inputs, first = params["tower0"]["sa1"]["mlp"]["layer0"]["dense"]["kernel"].shape
-    if inputs - 3 not in _FEATURES:
+    if inputs - 3 not in INPUT_FEATURES:
         raise ValueError(
             f"the first layer reads {inputs - 3} features per point; known are 0, 1 (height), 3 (colour), 4 (both)"
         )
-    detector.input_features = _FEATURES[inputs - 3]
+    detector.input_features = INPUT_FEATURES[inputs - 3]
     detector.width = params["z"]["flag_out"]["kernel"].shape[0] / 128
     detector.tower_scale = max(round(first / (64 * detector.width)), 1)
     channels = params["proposal_out"]["kernel"].shape[1]

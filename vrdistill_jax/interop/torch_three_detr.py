@@ -3,7 +3,6 @@
 Source: the layout of 3detr's checkpoints (facebookresearch/3detr).
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from vrdistill_jax.interop.name_map import (
     map_tensors,
     mlp_rules,
     norm_rules,
+    read_number,
 )
 from vrdistill_jax.interop.torch_votenet import votenet_config
 
@@ -206,19 +206,10 @@ def configure_from_options(options: Mapping[str, Any], detector: ConfigDict) -> 
       ValueError: for a value that cannot be meant.
     """
     for theirs, (ours, limit) in _COUNTS.items():
-        detector[ours] = int(_number(options, theirs, detector[ours], 1, limit))
+        detector[ours] = int(read_number(options, theirs, detector[ours], 1, limit))
     for theirs, ours in _RATES.items():
-        detector[ours] = float(_number(options, theirs, detector[ours], 0, 0.999))
+        detector[ours] = float(read_number(options, theirs, detector[ours], 0, 0.999))
     for theirs, ours in _WEIGHTS.items():
         section, _, leaf = ours.rpartition(".")
         entries = detector[section] if section else detector
-        entries[leaf] = float(_number(options, theirs, entries[leaf], 0, 1e6))
-
-
-def _number(options: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = options.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"the checkpoint's option {name} is no finite number")
-    if not low <= value <= high:
-        raise ValueError(f"the checkpoint's option {name} is {value}; expected {low} to {high}")
-    return value
+        entries[leaf] = float(read_number(options, theirs, entries[leaf], 0, 1e6))

@@ -17,6 +17,7 @@ from vrdistill_jax.data.class_tables import (
 )
 from vrdistill_jax.detectors import votenet
 from vrdistill_jax.interop.name_map import (
+    INPUT_FEATURES,
     Rule,
     Tensors,
     Variables,
@@ -32,7 +33,6 @@ _DATASETS = {
     "scannet": (SCANNET_CLASSES, SCANNET_MEAN_SIZES, False, 40000),
     "sunrgbd": (SUNRGBD_CLASSES, SUNRGBD_MEAN_SIZES, True, 20000),
 }
-_FEATURES: dict[int, tuple[str, ...]] = {0: (), 1: ("height",), 3: ("color",), 4: ("color", "height")}
 
 
 def votenet_config(dataset: str) -> ConfigDict:
@@ -179,12 +179,12 @@ def configure_from_shapes(variables: Variables, config: ConfigDict) -> ConfigDic
     """
     params = variables["params"]
     inputs, first = params["backbone"]["sa1"]["mlp"]["layer0"]["dense"]["kernel"].shape
-    if inputs - 3 not in _FEATURES:
+    if inputs - 3 not in INPUT_FEATURES:
         raise ValueError(
             f"the first layer reads {inputs - 3} features per point; known are 0, 1 (height), 3 "
             f"(colour), 4 (both)"
         )
-    config.detector.input_features = _FEATURES[inputs - 3]
+    config.detector.input_features = INPUT_FEATURES[inputs - 3]
     config.detector.width = first / 64
     channels = params["proposal_out"]["kernel"].shape[1]
     expected = {

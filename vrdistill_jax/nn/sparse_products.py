@@ -64,7 +64,7 @@ def kernel_gradient(
 def _choose(kernel_map: KernelMap, by_pairs: Callable[[], Array], dense: Callable[[], Array]) -> Array:
     if kernel_map.tiles is None or jax.default_backend() != "cpu":
         return dense()
-    return jax.lax.cond(jnp.any(kernel_map.tiles == TOO_MANY_PAIRS), dense, by_pairs)
+    return jax.lax.cond(jnp.any(kernel_map.tiles.tap == TOO_MANY_PAIRS), dense, by_pairs)
 
 
 def _gather_blocks(x, kernel, index):
@@ -146,49 +146,46 @@ def _sum_pairs(x, kernel, kernel_map, num_rows, backwards):
     """Tile after tile: gather one side of the pairs, multiply with the kernel of their tap, add to the other side."""
 
     def scene(arrays):
-        x, index, tiles = arrays
+        x, (taps, fine, coarse) = arrays
         source = _with_zeros(x)
+        read, write = (coarse, fine) if backwards else (fine, coarse)
 
-        def add(number, y):
-            fine, coarse, tap = _pairs_of_tile(tiles[number], index)
-            read, write = (coarse, fine) if backwards else (fine, coarse)
-            read, write = jnp.where(read >= 0, read, len(x)), jnp.where(write >= 0, write, num_rows)
-            product = source.at[read].get(mode="promise_in_bounds") @ kernel[tap]
+        def add(tile, y):
+            rows, target = _end_if_none(read[tile], len(x)), _end_if_none(write[tile], num_rows)
+            product = source.at[rows].get(mode="promise_in_bounds") @ kernel[taps[tile]]
             # Pairs of one tap have distinct rows on both sides; only pads share the last row, and they add zeros.
-            return y.at[write].add(product, mode="promise_in_bounds", unique_indices=True)
+            return y.at[target].add(product, mode="promise_in_bounds", unique_indices=True)
 
         y = jnp.zeros((num_rows + 1, kernel.shape[2]), x.dtype)
-        return jax.lax.fori_loop(0, _count_tiles(tiles), add, y)[:-1]
+        return jax.lax.fori_loop(0, _count_tiles(taps), add, y)[:-1]
 
-    return _map_scenes(scene, (x, kernel_map.index, kernel_map.tiles))
+    return _map_scenes(scene, (x, kernel_map.tiles))
 
 
 def _multiply_pairs(x, y, kernel_map):
+    num_taps = kernel_map.index.shape[2]
+
     def scene(arrays):
-        x, y, index, tiles = arrays
+        x, y, (taps, fine, coarse) = arrays
         fine_rows, coarse_rows = _with_zeros(x), _with_zeros(y)
 
-        def add(number, total):
-            fine, coarse, tap = _pairs_of_tile(tiles[number], index)
-            a = fine_rows.at[jnp.where(fine >= 0, fine, len(x))].get(mode="promise_in_bounds")
-            b = coarse_rows.at[jnp.where(coarse >= 0, coarse, len(y))].get(mode="promise_in_bounds")
-            return total.at[tap].add(a.T @ b)
+        def add(tile, total):
+            a = fine_rows.at[_end_if_none(fine[tile], len(x))].get(mode="promise_in_bounds")
+            b = coarse_rows.at[_end_if_none(coarse[tile], len(y))].get(mode="promise_in_bounds")
+            return total.at[taps[tile]].add(a.T @ b)
 
-        total = jnp.zeros((index.shape[1], x.shape[1], y.shape[1]), x.dtype)
-        return jax.lax.fori_loop(0, _count_tiles(tiles), add, total)
+        total = jnp.zeros((num_taps, x.shape[1], y.shape[1]), x.dtype)
+        return jax.lax.fori_loop(0, _count_tiles(taps), add, total)
 
-    return jnp.sum(_map_scenes(scene, (x, y, kernel_map.index, kernel_map.tiles)), axis=0)
-
-
-def _pairs_of_tile(pair, index):
-    """Rows of the finer and of the coarser level (-1 in pads) and the tap that all pairs of a tile share."""
-    num_taps = index.shape[1]
-    coarse, tap = jnp.where(pair >= 0, pair // num_taps, -1), pair[0] % num_taps
-    return jnp.where(pair >= 0, index[coarse, tap], -1), coarse, tap
+    return jnp.sum(_map_scenes(scene, (x, y, kernel_map.tiles)), axis=0)
 
 
-def _count_tiles(tiles):
-    return jnp.sum(tiles[:, 0] >= 0, dtype=jnp.int32)
+def _end_if_none(rows, end):
+    return jnp.where(rows >= 0, rows, end)
+
+
+def _count_tiles(taps):
+    return jnp.sum(taps >= 0, dtype=jnp.int32)
 
 
 def _with_zeros(x):
@@ -196,6 +193,7 @@ def _with_zeros(x):
 
 
 def _map_scenes(function, arrays):
+    arrays = jax.tree.map(jnp.asarray, arrays)
     if len(arrays[0]) == 1:
-        return function(tuple(jnp.asarray(array[0]) for array in arrays))[None]
+        return function(jax.tree.map(lambda array: array[0], arrays))[None]
     return jax.lax.map(function, arrays)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 
 from vrdistill_jax.geometry.host import voxels
 from vrdistill_jax.geometry.host.sampling import check_cloud
-from vrdistill_jax.structs import KernelMap, VoxelLevel, VoxelPyramid, VoxelPyramidConfig
+from vrdistill_jax.structs import KernelMap, PairTiles, VoxelLevel, VoxelPyramid, VoxelPyramidConfig
 
 
 def build_voxel_pyramid(
@@ -121,9 +121,10 @@ def pad_voxel_pyramid(
         if tiles is None:
             return None
         room = voxels.tile_capacity(num_rows, num_taps)
-        if len(tiles) > room:
-            return np.full((room, voxels.TILE_SIZE), voxels.TOO_MANY_PAIRS, np.int32)
-        return pad(tiles, room)
+        if len(tiles.tap) > room:
+            rows = np.full((room, voxels.TILE_SIZE), -1, np.int32)
+            return PairTiles(np.full(room, voxels.TOO_MANY_PAIRS, np.int32), rows, rows)
+        return PairTiles(*(pad(array, room) for array in tiles))
 
     levels = []
     for row, level in enumerate(pyramid.levels):

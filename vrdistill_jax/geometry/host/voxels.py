@@ -9,11 +9,13 @@ import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from vrdistill_jax.structs import PairTiles
+
 BITS = 21
 BIAS = np.int64(1) << (BITS - 1)
 FIELD = (np.int64(1) << BITS) - 1
-TILE_SIZE = 256  # pairs
-TOO_MANY_PAIRS = -2  # in place of tiles that do not fit
+TILE_SIZE = 512  # pairs
+TOO_MANY_PAIRS = -2  # the tap of all tiles, where they do not fit
 LIMIT = 2**18  # voxels from the origin along an axis; the device version packs 20 bits and needs guard cells
 
 
@@ -251,16 +253,17 @@ def match_rows(keys: Int[np.ndarray, "v"], others: Int[np.ndarray, "w"]) -> Int[
     return np.where(found, at, -1).astype(np.int32)
 
 
-def tile_pairs(index: Int[np.ndarray, "v k"]) -> Int[np.ndarray, "s t"]:
+def tile_pairs(index: Int[np.ndarray, "v k"]) -> PairTiles:
     """Lists the pairs of a map tap by tap.
 
     Args:
       index: i32[v, k] of `match_taps`.
 
     Returns:
-      i32[s, TILE_SIZE] of row * k + tap, rows rising, all of one tap in a tile; -1 in the pads at the end of each tap.
+      PairTiles without a batch axis: i32[s], i32[s, TILE_SIZE] twice; rows rise within a tap, and the pads (-1) of a tap
+      come at its end.
     """
-    return _tile_pairs(index, TILE_SIZE)
+    return PairTiles(*_tile_pairs(index, TILE_SIZE))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -272,14 +275,19 @@ def _tile_pairs(index, tile_size):
             first[tap + 1] += index[row, tap] >= 0
     for tap in range(num_taps):
         first[tap + 1] = first[tap] + (first[tap + 1] + tile_size - 1) // tile_size
-    tiles = np.full(first[num_taps] * tile_size, np.int32(-1), np.int32)
+    tap_of_tile = np.empty(first[num_taps], np.int32)
+    for tap in range(num_taps):
+        tap_of_tile[first[tap] : first[tap + 1]] = tap
+    fine = np.full(first[num_taps] * tile_size, np.int32(-1), np.int32)
+    coarse = np.full(first[num_taps] * tile_size, np.int32(-1), np.int32)
     end = first[:-1] * tile_size
     for row in range(num_rows):
         for tap in range(num_taps):
             if index[row, tap] >= 0:
-                tiles[end[tap]] = row * num_taps + tap
+                fine[end[tap]] = index[row, tap]
+                coarse[end[tap]] = row
                 end[tap] += 1
-    return tiles.reshape(-1, tile_size)
+    return tap_of_tile, fine.reshape(-1, tile_size), coarse.reshape(-1, tile_size)
 
 
 def tile_capacity(num_rows: int, num_taps: int) -> int:
