@@ -178,7 +178,7 @@ def make_distillation(
 
     Args:
       config: the whole config. The optimiser is the student's (with clipping of its own), except that
-        config.optimizer.distiller_weight_decay, if it is there, replaces weight_decay.
+        config.optimizer.distiller_weight_decay, if it is there, replaces weight_decay, and group_rates are not meant for it.
       teacher: of the run.
       schedule: learning rate by step.
       axis_name: mapped device axis, or None.
@@ -196,6 +196,7 @@ def make_distillation(
         methods[name] = Method(module, file.NEEDS_ALIGNED)
     settings = ConfigDict(config.optimizer.to_dict())
     settings.weight_decay = settings.get("distiller_weight_decay", settings.weight_decay)
+    settings.group_rates = ConfigDict()
     return Distillation(
         teacher, methods, make_optimizer(settings, schedule), guided if guided.label else None
     )
