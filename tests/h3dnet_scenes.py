@@ -34,7 +34,7 @@ def small_config(oriented: bool = False, **changes) -> ConfigDict:
 
 def random_variables(model, batch, seed: int = 0) -> dict:
     """Variables of the network, drawn without running it."""
-    rng, (scene, pyramid) = np.random.default_rng(seed), batch
+    rng, (scene, pyramid, _) = np.random.default_rng(seed), batch
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), scene.points, pyramid, train=False))
 
     def draw(path, leaf):

@@ -308,3 +308,17 @@ class VoxelPyramidConfig(NamedTuple):
 # What the loader hands to a network beside the points, and how it is built.
 AnyPyramid = PointPyramid | VoxelPyramid
 AnyPyramidConfig = PyramidConfig | VoxelPyramidConfig
+
+
+class InputConfig(NamedTuple):
+    """What a network reads of a cloud."""
+
+    features: tuple[str, ...]  # of "color" and "height", in the order of their columns
+    pyramid: AnyPyramidConfig
+
+
+class NetworkInput(NamedTuple):
+    """A batch of clouds as one network reads them."""
+
+    points: Points
+    pyramid: AnyPyramid

@@ -28,12 +28,8 @@ from vrdistill_jax.training.checkpoint import RunCheckpoints, check_same_config
 from vrdistill_jax.training.distill import (
     init_distillers,
     init_student,
-    load_teacher,
     make_distill_step,
     make_distillation,
-    make_teacher_predict,
-    record_teacher_scores,
-    teacher_scores,
 )
 from vrdistill_jax.training.logging import RunLog
 from vrdistill_jax.training.optimizer import make_optimizer
@@ -41,6 +37,12 @@ from vrdistill_jax.training.parallel import AXIS, map_train_step
 from vrdistill_jax.training.schedules import learning_rate_schedule, norm_momentum_schedule
 from vrdistill_jax.training.state import Batch, count_parameters, init_state, init_variables
 from vrdistill_jax.training.step import find_non_finite, make_predict_step, make_train_step
+from vrdistill_jax.training.teacher import (
+    evaluate_teacher,
+    load_teacher,
+    record_teacher_scores,
+    teacher_scores,
+)
 
 
 def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dict:
@@ -65,6 +67,7 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
     # ---- Data
     detector = find_detector(config.detector.name)
     pyramid = detector.pyramid_config(config.detector)
+    teacher_reads = teacher.reads if teacher else None  # None: the same as the student
     train_source, val_source = open_source(config.dataset, "train"), open_source(config.dataset, "val")
     steps_per_epoch = max(len(train_source) // config.train.batch_size, 1)
     num_steps = config.train.num_steps
@@ -75,14 +78,14 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
     learning_rate = learning_rate_schedule(config.optimizer, num_steps, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, learning_rate)
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    scene, geometry = next(evaluation_batches(val_source, config, pyramid, 1))
-    variables = init_variables(model, init_key, scene.points, geometry)
+    first = Batch(*next(evaluation_batches(val_source, config, pyramid, 1, teacher_reads)))
+    variables = init_variables(model, init_key, first.scene.points, first.pyramid)
     if teacher is not None:
         variables = init_student(config, teacher, variables)
     state = init_state(variables, optimizer)
     names = tuple(config.detector.class_names)
 
-    def measure(predict_fn, variables) -> dict:
+    def measure(variables) -> dict:
         batches = evaluation_batches(val_source, config, pyramid, config.train.eval_batch_size)
         variables = jax.device_put(variables, jax.local_devices()[0])
         return evaluate(lambda points, p: predict_fn(variables, points, p), batches, names)
@@ -96,7 +99,7 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
     else:
         distillation = make_distillation(config, teacher, learning_rate, axis_name)
         key = jax.random.fold_in(init_key, 1)
-        learned = init_distillers(distillation, key, model, state.variables, Batch(scene, geometry))
+        learned = init_distillers(distillation, key, model, state.variables, first)
         state = state._replace(distiller=learned)
         step_fn = make_distill_step(*student, distillation, axis_name)
         constants = (teacher.variables,)
@@ -105,7 +108,7 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
     predict_fn = make_predict_step(model, detector.decode, config.detector)
 
     if teacher is not None and not teacher_scores(config):
-        record_teacher_scores(config, headline(measure(make_teacher_predict(teacher), teacher.variables)))
+        record_teacher_scores(config, headline(evaluate_teacher(config, teacher, val_source)))
 
     # ---- Loop
     with RunCheckpoints(workdir, config) as checkpoints:
@@ -123,7 +126,7 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
             log.say(f"teacher {config.teacher.checkpoint}: {text}")
             if not start:
                 log.write(0, measured, "teacher/")
-        batches = train_batches(train_source, config, pyramid, start)
+        batches = train_batches(train_source, config, pyramid, start, teacher_reads)
         waiting, pending, result = 0.0, None, None
         for step in range(start + 1, num_steps + 1):
             began = time.perf_counter()
@@ -147,7 +150,7 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
             scores = None
             if step % config.train.eval_every == 0 or last:
                 check_finite(step, metrics)
-                result = measure(predict_fn, state.variables)
+                result = measure(state.variables)
                 scores = headline(result)
                 log.write(step, scores, "val/")
                 log.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
@@ -155,7 +158,7 @@ def train(config, workdir: str | pathlib.Path, tensorboard: bool = False) -> dic
                 check_finite(step, metrics)
                 checkpoints.save(state, scores)
         log.close()
-    return result if result is not None else measure(predict_fn, state.variables)
+    return result if result is not None else measure(state.variables)
 
 
 def headline(result: dict) -> dict[str, float]:

@@ -33,14 +33,14 @@ CONFIGS = {
     "3detr": tiny_three_detr_config,
     "3detr_m": partial(tiny_three_detr_config, masked=True),
 }
-# Detectors that do not offer the taps yet.
-WITHOUT_TAPS = {"tr3d", "sr3d"}
+# Detectors of another family, which tests/contract/test_teachers_of_other_families.py lets teach.
+OTHERS = {"tr3d", "sr3d"}
 PAIRS = [(detector, distiller) for detector in CONFIGS for distiller in DISTILLERS]
 COVERING = [pair for pair in PAIRS if "votenet" in pair]
 
 
 def test_every_detector_takes_part():
-    assert set(CONFIGS) | WITHOUT_TAPS == set(DETECTORS)
+    assert set(CONFIGS) | OTHERS == set(DETECTORS)
 
 
 @cache
@@ -49,7 +49,7 @@ def networks(name: str) -> SimpleNamespace:
     detector, student_config, teacher_config = find_detector(name), CONFIGS[name](), CONFIGS[name]()
     teacher_config.detector.width *= 2
     batches = {n: make_batch(student_config, num_boxes=n) for n in (0, 3)}
-    scene, pyramid = batches[3]
+    scene, pyramid, _ = batches[3]
     student, teacher = (detector.build(c.detector) for c in (student_config, teacher_config))
     variables, teacher_variables = (
         init_variables(model, jax.random.key(n), scene.points, pyramid)
@@ -65,7 +65,7 @@ def distillation(detector: str, distiller: str) -> SimpleNamespace:
     module = file.build(file.default_config(), of.student_config.detector, of.teacher_config.detector)
 
     def outputs(params, teacher_variables, batch):
-        scene, pyramid = batch
+        scene, pyramid, _ = batch
         variables = of.variables | {"params": params}
         taught = of.teacher.apply(teacher_variables, scene.points, pyramid, train=False)
         output = of.student.apply(variables, scene.points, pyramid, train=False)
@@ -140,7 +140,7 @@ def test_finite_with_and_without_boxes_and_trains_the_student_only(loss):
 
 
 def test_more_padding_of_boxes_changes_nothing(loss):
-    scene, pyramid = loss.networks.batches[3]
+    scene, pyramid, _ = loss.networks.batches[3]
     boxes = scene.boxes
 
     def pad(array, value):
@@ -159,7 +159,7 @@ def test_a_padded_scene_changes_nothing(loss):
     """The same scenes with a third one that the mask takes out, full of other points."""
     if loss.distiller in RANDOM:
         pytest.skip("draws its numbers for the whole batch")
-    scene, pyramid = make_batch(loss.networks.student_config, seeds=(0, 1, 2))
+    scene, pyramid, _ = make_batch(loss.networks.student_config, seeds=(0, 1, 2))
     scene: Scene = scene._replace(mask=np.array([True, True, False]))
     after = loss.value(Batch(scene, pyramid))
     np.testing.assert_allclose(after, loss.value(loss.networks.batches[3]), rtol=2e-5)

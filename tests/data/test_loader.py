@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 from scenes import make_sample, tiny_config
 
-from vrdistill_jax.data.loader import evaluation_batches, train_batches
+from vrdistill_jax.data.loader import PreparedScenes, evaluation_batches, train_batches
 from vrdistill_jax.detectors import votenet
+from vrdistill_jax.geometry.host.point_pyramid import build_point_pyramid
+from vrdistill_jax.structs import InputConfig, LevelConfig, PyramidConfig
 
 SOURCE = [make_sample(seed) for seed in range(7)]
 CONFIG = tiny_config()
@@ -84,3 +86,45 @@ def test_evaluation_points_do_not_depend_on_the_batch_size():
     by_one = [s.points.xyz[0] for s, _ in evaluation_batches(SOURCE, CONFIG, PYRAMID, 1)]
     by_four = np.concatenate([s.points.xyz for s, _ in evaluation_batches(SOURCE, CONFIG, PYRAMID, 4)])
     np.testing.assert_array_equal(by_one, by_four[:7])
+
+
+def test_a_teacher_of_another_kind_gets_its_own_input_of_the_same_points():
+    """Geometry and features as a run of the teacher itself would read them, and the student's as without a teacher."""
+    config = tiny_config()
+    pyramid = votenet.pyramid_config(config.detector)
+    other = PyramidConfig((LevelConfig(32, 0.5, 4),))
+    reads = InputConfig(("color",), other)
+    alone = next(train_batches(SOURCE, config, pyramid))
+    scene, built, taught = next(train_batches(SOURCE, config, pyramid, 0, reads))
+    np.testing.assert_array_equal(taught.points.xyz, scene.points.xyz)
+    np.testing.assert_array_equal(taught.points.mask, scene.points.mask)
+    for name in ("xyz", "features"):
+        np.testing.assert_array_equal(getattr(scene.points, name), getattr(alone[0].points, name))
+    for level, expected in zip(built.levels, alone[1].levels, strict=True):
+        np.testing.assert_array_equal(level.index, expected.index)
+    for b, xyz in enumerate(scene.points.xyz):
+        expected = build_point_pyramid(xyz, scene.points.mask[b], other)
+        np.testing.assert_array_equal(taught.pyramid.levels[0].index[b], expected.levels[0].index)
+
+    scene, _, taught = next(evaluation_batches(SOURCE, config, pyramid, 2, reads))
+    sample = SOURCE[0]
+    colors = {tuple(p): c for p, c in zip(sample["xyz"], sample["color"], strict=True)}
+    for point, color in zip(scene.points.xyz[0], taught.points.features[0], strict=True):
+        np.testing.assert_array_equal(color, colors[tuple(point)])
+
+
+def test_a_teacher_that_differs_in_features_only_shares_the_geometry():
+    config = tiny_config()
+    pyramid = votenet.pyramid_config(config.detector)
+    scene, built, taught = PreparedScenes(SOURCE, config, pyramid, True, InputConfig((), pyramid)).prepare(0)
+    assert taught.pyramid is built
+    assert taught.points.features.shape == (256, 0)
+    assert scene.points.features.shape == (256, 1)
+
+
+def test_colour_that_the_source_lacks_is_an_error():
+    config = tiny_config()
+    source = [{key: value for key, value in make_sample(0).items() if key != "color"}]
+    pyramid = votenet.pyramid_config(config.detector)
+    with pytest.raises(ValueError, match="reads colour but this cloud has none"):
+        PreparedScenes(source, config, pyramid, False, InputConfig(("color",), pyramid)).prepare(0)

@@ -7,12 +7,13 @@ from vrdistill_jax.data.samples import (
     height_above_floor,
     labelled_scene,
     middle_of_instances,
+    select_features,
     stack_features,
     unlabelled_scene,
     vote_slots,
 )
 from vrdistill_jax.geometry.host.boxes import points_in_boxes
-from vrdistill_jax.structs import pad_boxes, validate
+from vrdistill_jax.structs import Points, pad_boxes, validate
 
 
 def scene_of(sample, train=False, **changes):
@@ -99,6 +100,17 @@ def test_features_in_order_and_clear_errors():
         stack_features(xyz, None, ("color",))
     with pytest.raises(ValueError, match="unknown input feature 'normal'"):
         stack_features(xyz, None, ("normal",))
+
+
+def test_columns_are_picked_by_name():
+    columns = np.arange(2 * 4, dtype=np.float32).reshape(2, 4)
+    points = Points(np.zeros((2, 3), np.float32), columns, np.ones(2, bool))
+    names = ("height", "color")
+    np.testing.assert_array_equal(select_features(points, names, ("color",)).features, columns[:, 1:])
+    np.testing.assert_array_equal(select_features(points, names, ("height",)).features, columns[:, :1])
+    both = select_features(points, names, ("color", "height")).features
+    np.testing.assert_array_equal(both, columns[:, [1, 2, 3, 0]])
+    assert select_features(points, names, ()).features.shape == (2, 0)
 
 
 def test_votes_aim_at_the_middle_of_the_sampled_instance():

@@ -76,7 +76,7 @@ def test_parameter_counts(batch, dataset, width, expected):
     config = h3dnet_config(dataset).detector
     config.width, config.num_proposals = width, 16
     model = h3dnet.build(config)
-    scene, pyramid = batch
+    scene, pyramid, _ = batch
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), scene.points, pyramid, train=False))
     assert count_parameters(shapes["params"]) == expected
 
@@ -228,7 +228,7 @@ def test_axis_aligned_boxes_do_not_turn_and_turned_ones_do(variables, forward, b
     config = small_config(oriented=True)
     turned = make_batch(config)
     model = h3dnet.build(config.detector)
-    scene, pyramid = turned
+    scene, pyramid, _ = turned
     tree = jit(lambda key: model.init(key, scene.points, pyramid, train=False))(jax.random.key(0))
     output = jit(lambda v: model.apply(v, scene.points, pyramid, train=False))(tree)
     assert len(np.unique(output.predictions.yaw)) > 4

@@ -19,8 +19,9 @@ from vrdistill_jax.experiments import figures
 from vrdistill_jax.experiments.figures import FIGURES, draw_figure
 from vrdistill_jax.recipes import default_teacher_config
 from vrdistill_jax.training.checkpoint import RunCheckpoints, save_inference_checkpoint
-from vrdistill_jax.training.distill import init_distillers, load_teacher, make_distillation
+from vrdistill_jax.training.distill import init_distillers, make_distillation
 from vrdistill_jax.training.state import init_state, init_variables
+from vrdistill_jax.training.teacher import load_teacher
 from vrdistill_jax.visualization.layers import heat_colors
 
 SCENES = [make_sample(seed) for seed in (5, 6)]

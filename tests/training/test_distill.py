@@ -10,32 +10,30 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from distill_scenes import distill_config, save_teacher
 from ml_collections import ConfigDict
 from scenes import make_batch, make_sample, tiny_config
 
 from vrdistill_jax import evaluate as evaluate_verb
 from vrdistill_jax import train as train_verb
 from vrdistill_jax.detectors import votenet
-from vrdistill_jax.distillers import DISTILLERS, find_distiller
+from vrdistill_jax.distillers import DISTILLERS
 from vrdistill_jax.predict import Predictor
-from vrdistill_jax.recipes import default_teacher_config, student_config, synthrooms_config
+from vrdistill_jax.recipes import student_config, synthrooms_config
 from vrdistill_jax.training import teacher_guided
 from vrdistill_jax.training.checkpoint import (
     RunCheckpoints,
     load_inference_checkpoint,
-    save_inference_checkpoint,
 )
 from vrdistill_jax.training.distill import (
-    check_same_input,
-    hash_weights,
     init_distillers,
     init_student,
-    load_teacher,
     make_distill_step,
     make_distillation,
 )
 from vrdistill_jax.training.state import init_state, init_variables
 from vrdistill_jax.training.step import make_train_step
+from vrdistill_jax.training.teacher import hash_weights, load_teacher, teacher_input
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The tests run a program once or twice: compiling it well would take longer than it saves.
@@ -43,25 +41,10 @@ COMPILE_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expens
 MOMENTUM = optax.constant_schedule(0.3)
 
 
-def distill_config(teacher, methods, **changes) -> ConfigDict:
-    config = tiny_config(**changes)
-    config.teacher = default_teacher_config()
-    config.teacher.checkpoint = str(teacher)
-    config.distiller = ConfigDict({"methods": {}})
-    for name in methods:
-        config.distiller.methods[name] = find_distiller(name).default_config()
-    return config
-
-
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory):
     """A random teacher of twice the student's width."""
-    config = tiny_config(**{"detector.width": 0.25})
-    scene, pyramid = make_batch(config)
-    variables = init_variables(votenet.build(config.detector), jax.random.key(9), scene.points, pyramid)
-    folder = tmp_path_factory.mktemp("teacher")
-    save_inference_checkpoint(folder, variables, config)
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("teacher"), tiny_config(**{"detector.width": 0.25}))
 
 
 def start(config, workdir, batch, distill=True):
@@ -179,54 +162,7 @@ def test_proposals_at_given_clusters():
     jax.tree.map(np.testing.assert_array_equal, same, output)
 
 
-# ---- Teacher
-
-
-def test_teacher_must_read_what_the_student_reads(teacher_dir):
-    config = tiny_config()
-    check_same_input(config.detector, tiny_config(**{"detector.width": 1.0}).detector)
-    _, loaded = load_inference_checkpoint(teacher_dir)  # tuples have become lists in JSON
-    check_same_input(config.detector, loaded.detector)
-    for key, value, message in (
-        ("detector.levels", ((64, 0.5, 8), (32, 0.8, 8), (16, 1.0, 8), (8, 1.6, 8)), "same point pyramids"),
-        ("detector.input_features", ("color", "height"), r"same input features \(detector.input_features\)"),
-        ("detector.class_names", ("a", "b", "c", "e"), "same classes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_same_input(config.detector, tiny_config(**{key: value}).detector)
-
-
-def test_teacher_is_found_identified_and_adjusted(teacher_dir, tmp_path):
-    config = distill_config(teacher_dir, ("vrdistill",))
-    teacher = load_teacher(config, tmp_path)
-    assert config.teacher.weights_sha256 == hash_weights(teacher.variables)
-    assert teacher.model.cluster_sampling_eval == "vote_fps"
-    assert teacher.config.cluster_sampling_eval == "seed_fps"  # as it is evaluated
-    assert teacher.model.width == 0.25
-    load_teacher(config, tmp_path)  # the recorded hash fits
-    config.teacher.weights_sha256 = "0" * 64
-    with pytest.raises(ValueError, match="but config.teacher.weights_sha256 is 0000"):
-        load_teacher(config, tmp_path)
-    with pytest.raises(ValueError, match="config.teacher.checkpoint is empty"):
-        load_teacher(distill_config("", ("vrdistill",)), tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint at"):
-        load_teacher(distill_config(tmp_path, ("vrdistill",)), tmp_path)
-    config = distill_config(teacher_dir, ("vrdistill",))
-    config.teacher.detector = ConfigDict({"samplng": 1})
-    with pytest.raises(ValueError, match="config.teacher.detector.samplng is no entry"):
-        load_teacher(config, tmp_path)
-
-
-def test_hash_sees_names_shapes_and_values():
-    weights = {"params": {"a": np.zeros(4, np.float32), "b": np.ones(2, np.float32)}}
-    same = {"params": {"b": np.ones(2, np.float32), "a": np.zeros(4, np.float32)}}
-    assert hash_weights(weights) == hash_weights(same)
-    for other in (
-        {"a": np.zeros((2, 2), np.float32), "b": np.ones(2, np.float32)},
-        {"a": np.zeros(4, np.float32), "c": np.ones(2, np.float32)},
-        {"a": np.zeros(4, np.float32), "b": np.float32([1, 2])},
-    ):
-        assert hash_weights({"params": other}) != hash_weights(weights)
+# ---- Methods
 
 
 def test_methods_are_named(teacher_dir, tmp_path):
@@ -248,7 +184,7 @@ def test_students_fit_their_teachers(size):
     for width, share in (("half", 0.5), ("quarter", 0.25)):
         student = student_config(("vrdistill",), width, size)
         assert student.detector.width == share * teacher.detector.width
-        check_same_input(student.detector, teacher.detector)
+        assert teacher_input(student.detector, teacher.detector) is None  # the same
         votenet.build(student.detector)
         assert student.optimizer.distiller_weight_decay == 1e-2
         assert student.distiller.methods.vrdistill.layers == 4
@@ -344,8 +280,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             train_verb.train(config, tmp_path / "resumed")
 
     measured = []
-    predict = train_verb.make_teacher_predict
-    monkeypatch.setattr(train_verb, "make_teacher_predict", lambda t: measured.append(t) or predict(t))
+    monkeypatch.setattr(train_verb, "evaluate_teacher", lambda *arguments: measured.append(arguments))
     capsys.readouterr()
     resumed = train_verb.train(config, tmp_path / "resumed")
     assert "resuming at step 2" in capsys.readouterr().out
@@ -370,7 +305,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert learned["refinement"]["offset_out0"]["kernel"].any()
 
     # What the student leaves behind is an ordinary detector.
-    scene, pyramid = make_batch(config)
+    scene, pyramid, _ = make_batch(config)
     plain = init_variables(votenet.build(config.detector), jax.random.key(0), scene.points, pyramid)
     assert jax.tree.structure(variables["whole"]) == jax.tree.structure(jax.tree.map(np.asarray, plain))
     assert evaluate_verb.evaluate_checkpoint(str(tmp_path / "whole"))["mAP@0.25"] == whole["mAP@0.25"]
@@ -396,10 +331,11 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax, numpy as np, optax
 from scenes import make_batch
 from vrdistill_jax.detectors import votenet
-from vrdistill_jax.training.distill import init_distillers, load_teacher, make_distill_step, make_distillation
+from vrdistill_jax.training.distill import init_distillers, make_distill_step, make_distillation
 from vrdistill_jax.training.parallel import AXIS, map_train_step
 from vrdistill_jax.training.state import init_state, init_variables
-from test_distill import distill_config
+from vrdistill_jax.training.teacher import load_teacher
+from distill_scenes import distill_config
 
 NAMES = "total", "vrdistill/total", "vrdistill/ref", "pgd/total", "gradient_norm", "distiller_gradient_norm"
 config = distill_config(sys.argv[1], ("vrdistill", "pgd"))
@@ -411,7 +347,7 @@ assert jax.local_device_count() == 2
 
 def run(axis_name):
     model = votenet.build(config.detector, axis_name)
-    scene, pyramid = batches[0]
+    scene, pyramid, _ = batches[0]
     variables = init_variables(model, jax.random.key(0), scene.points, pyramid)
     distillation = make_distillation(config, teacher, optax.constant_schedule(0.0), axis_name)._replace(optimizer=optimizer)
     learned = init_distillers(distillation, jax.random.key(1), model, variables, batches[0])

@@ -27,7 +27,7 @@ momentum = optax.constant_schedule(0.3)
 optimizer = optax.sgd(1e-5)
 
 def run(model, axis_name, wrap):
-    scene, pyramid = batches[0]
+    scene, pyramid, _ = batches[0]
     state = init_state(init_variables(model, jax.random.key(0), scene.points, pyramid), optimizer)
     start = jax.tree.map(np.array, state.params)
     step = wrap(make_train_step(model, votenet.loss, config.detector, optimizer, momentum, axis_name))

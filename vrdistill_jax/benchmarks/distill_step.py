@@ -8,11 +8,12 @@ from vrdistill_jax.benchmarks.cases import training_batch, training_rooms
 from vrdistill_jax.benchmarks.recorder import Recorder
 from vrdistill_jax.detectors import votenet
 from vrdistill_jax.recipes import student_config
-from vrdistill_jax.training.distill import Teacher, init_distillers, make_distill_step, make_distillation
+from vrdistill_jax.training.distill import init_distillers, make_distill_step, make_distillation
 from vrdistill_jax.training.optimizer import make_optimizer
 from vrdistill_jax.training.schedules import learning_rate_schedule, norm_momentum_schedule
 from vrdistill_jax.training.state import init_state, init_variables
 from vrdistill_jax.training.step import make_train_step
+from vrdistill_jax.training.teacher import Teacher
 
 SUITE = "distill_step"
 TARGET = 1.25  # times the sum of the two

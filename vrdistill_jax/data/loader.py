@@ -12,9 +12,19 @@ from typing import Any
 import numpy as np
 
 from vrdistill_jax.data.augment import read_augmentation
-from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid
+from vrdistill_jax.data.samples import labelled_scene, scene_with_pyramid, select_features
 from vrdistill_jax.geometry.host.voxel_pyramid import pad_voxel_pyramids
-from vrdistill_jax.structs import AnyPyramid, AnyPyramidConfig, Scene, VoxelPyramidConfig
+from vrdistill_jax.structs import (
+    AnyPyramid,
+    AnyPyramidConfig,
+    InputConfig,
+    NetworkInput,
+    Scene,
+    VoxelPyramidConfig,
+)
+
+# A scene, the geometry that the network reads, and what a teacher reads if that is something else.
+Prepared = tuple[Any, ...]
 
 
 class PreparedScenes:
@@ -25,25 +35,47 @@ class PreparedScenes:
       config: the whole config.
       pyramid: what is computed per cloud.
       train: whether to augment, and to draw other points in each epoch.
+      teacher: what a second network reads of the same clouds, None if there is none or it reads the same.
     """
 
-    def __init__(self, source: Any, config: Any, pyramid: AnyPyramidConfig, train: bool):
+    def __init__(
+        self,
+        source: Any,
+        config: Any,
+        pyramid: AnyPyramidConfig,
+        train: bool,
+        teacher: InputConfig | None = None,
+    ):
         self.source, self.config, self.pyramid, self.train = source, config, pyramid, train
+        self.teacher = teacher
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def prepare(self, index: int, epoch: int = 0) -> tuple[Scene, AnyPyramid]:
+    def prepare(self, index: int, epoch: int = 0) -> Prepared:
         """One scene; evaluation draws the same points of a scene whenever it is read."""
         seed = [self.config.seed, self.train, epoch if self.train else 0, index]
         rng = np.random.default_rng(np.random.SeedSequence(seed))
-        scene = labelled_scene(self.source[index], index, self.config, rng, self.train)
-        return scene_with_pyramid(scene, self.pyramid)
+        own, teacher = tuple(self.config.detector.input_features), self.teacher
+        names = own if teacher is None else tuple(dict.fromkeys(own + teacher.features))
+        scene = labelled_scene(self.source[index], index, self.config, rng, self.train, names)
+        if teacher is None:
+            return scene_with_pyramid(scene, self.pyramid)
+        points = select_features(scene.points, names, teacher.features)
+        scene = scene._replace(points=select_features(scene.points, names, own))
+        scene, built = scene_with_pyramid(scene, self.pyramid)
+        if teacher.pyramid == self.pyramid:
+            return scene, built, NetworkInput(points, built)
+        return scene, built, NetworkInput(points, scene_with_pyramid(scene, teacher.pyramid)[1])
 
 
 def train_batches(
-    source: Any, config: Any, pyramid: AnyPyramidConfig, start_step: int = 0
-) -> Iterator[tuple[Scene, AnyPyramid]]:
+    source: Any,
+    config: Any,
+    pyramid: AnyPyramidConfig,
+    start_step: int = 0,
+    teacher: InputConfig | None = None,
+) -> Iterator[Prepared]:
     """Endless shuffled, augmented batches.
 
     Args:
@@ -53,9 +85,10 @@ def train_batches(
         what is delivered.
       pyramid: what is computed per cloud.
       start_step: number of batches to skip, for a resumed run.
+      teacher: what a teacher reads of the same clouds, None if that is what the network reads.
 
     Returns:
-      An iterator over (Scene, PointPyramid) with a leading batch axis.
+      An iterator over (Scene, pyramid), or (Scene, pyramid, NetworkInput) with a teacher's input, with a leading batch axis.
 
     Raises:
       ValueError: for an impossible `dataset.augment`.
@@ -63,12 +96,12 @@ def train_batches(
     import grain  # slow to import, and only training needs it
 
     read_augmentation(config.dataset.augment)  # a wrong entry is told here, not by a worker
-    scenes = PreparedScenes(source, config, pyramid, train=True)
+    scenes = PreparedScenes(source, config, pyramid, True, teacher)
     count, num_threads = len(scenes), config.dataset.num_threads
     num_workers = config.dataset.get("num_workers", 0)
     order = grain.MapDataset.range(count).seed(config.seed).shuffle().repeat()
     rows = grain.MapDataset.source(_Positions(order, count)).map(lambda at: scenes.prepare(*at))
-    stack = partial(stack_scenes, config=pyramid)
+    stack = partial(stack_scenes, config=pyramid, teacher=teacher)
     batches = rows.batch(config.train.batch_size, drop_remainder=True, batch_fn=stack)[start_step:]
     # The buffer bounds how many batches are under way: with fewer than threads, the others would idle.
     ahead = max(num_threads, 2)
@@ -82,7 +115,7 @@ def train_batches(
     return _iterate(dataset)
 
 
-def _iterate(dataset: Any) -> Iterator[tuple[Scene, AnyPyramid]]:
+def _iterate(dataset: Any) -> Iterator[Prepared]:
     """Ends threads and workers when the caller drops the iterator."""
     iterator = iter(dataset)
     try:
@@ -105,22 +138,27 @@ class _Positions:
 
 
 def evaluation_batches(
-    source: Any, config: Any, pyramid: AnyPyramidConfig, batch_size: int
-) -> Iterator[tuple[Scene, AnyPyramid]]:
+    source: Any,
+    config: Any,
+    pyramid: AnyPyramidConfig,
+    batch_size: int,
+    teacher: InputConfig | None = None,
+) -> Iterator[Prepared]:
     """Every scene once, in order; the last batch is filled with copies whose scene.mask is False.
 
     Arguments as in `train_batches`.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    scenes = PreparedScenes(source, config, pyramid, train=False)
+    scenes = PreparedScenes(source, config, pyramid, False, teacher)
     count = len(scenes)
     starts = range(0, count, batch_size)
 
     def prepare(start: int):
         rows = np.arange(start, start + batch_size)
-        scene, built = stack_scenes([scenes.prepare(min(int(row), count - 1)) for row in rows], pyramid)
-        return scene._replace(mask=rows < count), built
+        prepared = [scenes.prepare(min(int(row), count - 1)) for row in rows]
+        scene, *geometry = stack_scenes(prepared, pyramid, teacher)
+        return scene._replace(mask=rows < count), *geometry
 
     num_threads = max(config.dataset.num_threads, 1)
     with ThreadPoolExecutor(num_threads) as pool:
@@ -134,24 +172,33 @@ def evaluation_batches(
 
 
 def stack_scenes(
-    prepared: Sequence[tuple[Scene, AnyPyramid]], config: AnyPyramidConfig
-) -> tuple[Scene, AnyPyramid]:
+    prepared: Sequence[tuple], config: AnyPyramidConfig, teacher: InputConfig | None = None
+) -> tuple:
     """Makes a batch.
 
     Args:
-      prepared: scenes with their geometry, of `samples.scene_with_pyramid`.
+      prepared: scenes with their geometry, of `samples.scene_with_pyramid` or `PreparedScenes.prepare`.
       config: what the geometry was built with.
+      teacher: what the teacher's input was made with, if there is one.
 
     Returns:
-      Scene and geometry with a leading batch axis. Voxel pyramids are padded to the smallest capacities that hold all.
+      Scene, geometry and, if there is one, the teacher's input, with a leading batch axis. Voxel pyramids are padded to the
+      smallest capacities that hold all.
 
     Raises:
       ValueError: if a scene has more voxels than the largest capacities.
     """
-    scenes, pyramids = zip(*prepared, strict=True)
-    if isinstance(config, VoxelPyramidConfig):
-        pyramids = tuple(pad_voxel_pyramids(pyramids, config))
-    return stack_trees(list(zip(scenes, pyramids, strict=True)))
+    scenes, pyramids, *inputs = zip(*prepared, strict=True)
+    parts = [scenes, _pad_pyramids(pyramids, config)]
+    if teacher is not None:
+        points, read = zip(*inputs[0], strict=True)
+        padded = _pad_pyramids(read, teacher.pyramid)
+        parts.append([NetworkInput(*pair) for pair in zip(points, padded, strict=True)])
+    return stack_trees(list(zip(*parts, strict=True)))
+
+
+def _pad_pyramids(pyramids: Sequence[AnyPyramid], config: AnyPyramidConfig) -> Sequence[AnyPyramid]:
+    return pad_voxel_pyramids(pyramids, config) if isinstance(config, VoxelPyramidConfig) else pyramids
 
 
 def stack_trees(trees: list) -> Any:

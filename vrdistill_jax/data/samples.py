@@ -102,7 +102,23 @@ def unlabelled_scene(
     return Scene(points, None, None, np.eye(4, dtype=np.float32), np.int32(-1), np.True_)
 
 
-def labelled_scene(sample: dict, index: int, config: Any, rng: np.random.Generator, train: bool) -> Scene:
+def select_features(points: Points, names: tuple[str, ...], wanted: tuple[str, ...]) -> Points:
+    """Points with some of their feature columns.
+
+    Args:
+      points: f32[..., F] columns by `names`, as `stack_features` makes them.
+      names: of "color" (three columns) and "height" (one).
+      wanted: of `names`.
+    """
+    ends = np.cumsum([3 if name == "color" else 1 for name in names])
+    columns = dict(zip(names, np.split(points.features, ends[:-1], axis=-1) if names else (), strict=True))
+    picked = [columns[name] for name in wanted] or [points.features[..., :0]]
+    return points._replace(features=np.concatenate(picked, axis=-1))
+
+
+def labelled_scene(
+    sample: dict, index: int, config: Any, rng: np.random.Generator, train: bool, features: tuple | None = None
+) -> Scene:
     """Augments, subsamples and pads one stored scene.
 
     Args:
@@ -112,11 +128,12 @@ def labelled_scene(sample: dict, index: int, config: Any, rng: np.random.Generat
         `detector.input_features`.
       rng: decides the points taken and the augmentation.
       train: whether to augment.
+      features: columns to make instead of `detector.input_features`.
 
     Returns:
       Scene without batch axis.
     """
-    dataset, names = config.dataset, config.detector.input_features
+    dataset, names = config.dataset, config.detector.input_features if features is None else features
     matrix = np.eye(4)
     points_rng, augment_rng = rng.spawn(2)
     floor = find_floor(sample["xyz"]) if "height" in names else None

@@ -4,6 +4,12 @@ Source: Rukhovich et al., "TR3D: Towards Real-Time Indoor 3D Object Detection" (
 mmdetection3d (projects/TR3D). Inside, the reference's parametrisation is kept: an anchor is the lower corner of its voxel,
 sizes are exponentials, a turned box has eight numbers.
 
+Taps (no point of this network votes):
+  "level0", "level1": what the head reads, at the anchors.
+  "seeds": the same of both levels, in the middle of the voxels.
+  "clusters" and "proposals": the predicted centres of the TAP_CLUSTERS surest anchors, with what the head reads there: an anchor
+    and a regressed offset, as a vote is. The seed of each is the point of the cloud that is nearest to its voxel.
+
 The same network with another assigner and classification loss is SR3D (`detectors.sr3d`).
 """
 
@@ -27,6 +33,7 @@ from vrdistill_jax.geometry.boxes import join_boxes
 from vrdistill_jax.geometry.host.voxel_pyramid import make_capacities
 from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.geometry.iou import box_iou
+from vrdistill_jax.geometry.neighbors import map_blocks
 from vrdistill_jax.losses import ranking
 from vrdistill_jax.losses.box import diou_loss
 from vrdistill_jax.losses.classification import (
@@ -67,6 +74,7 @@ LARGEST_SCENES = {
 }
 NUM_RUNGS = 9
 PRIOR = 0.01  # class probability of an untrained network
+TAP_CLUSTERS = 256  # as many as a point network proposes
 LARGE_DIAGONAL = 1.14  # metres seen from above: classes of larger objects belong to the coarse level
 CLASSIFICATION_LOSSES = ("focal", "qfl", "vfl", "ras")
 
@@ -142,8 +150,7 @@ class TR3D(nn.Module):
           train: batch statistics (written to `batch_stats`) or running ones.
 
         Returns:
-          DetectorOutput with taps "level0" and "level1" (what the head reads; their points are voxels, not rows of the
-          cloud) and a TR3DRaw.
+          DetectorOutput with the taps that the file's docstring describes and a TR3DRaw.
         """
         features = voxel_features(points.features, pyramid, self.voxel_reduction)
         backbone = self.backbone(features, pyramid, train=train)
@@ -165,7 +172,31 @@ class TR3D(nn.Module):
             f"level{n}": PointSet(at, level.features, level.mask, jnp.full(level.mask.shape, -1))
             for n, (at, level) in enumerate(zip(xyz, neck, strict=True))
         }
-        return DetectorOutput(predictions_from_head(head), taps, TR3DRaw(head, backbone, neck))
+        predictions = predictions_from_head(head)
+        stride = jnp.asarray(STRIDES, jnp.float32)[head.level] * self.voxel_size
+        seeds = PointSet(
+            head.points + stride[:, None] / 2, joined, head.mask, jnp.full(head.mask.shape, -1)
+        )
+        taps["seeds"], taps["clusters"] = seeds, surest_anchors(seeds, predictions, points)
+        taps["proposals"] = taps["clusters"]
+        return DetectorOutput(predictions, taps, TR3DRaw(head, backbone, neck))
+
+
+def surest_anchors(seeds: PointSet, predictions: Predictions, points: Points) -> PointSet:
+    """The tap "clusters": the anchors with the highest objectness, or all where there are fewer."""
+    score = jnp.where(predictions.mask, jax.lax.stop_gradient(predictions.objectness), -1.0)
+    _, index = jax.lax.top_k(score, min(TAP_CLUSTERS, score.shape[1]))
+    chosen = PointSet(*(gather_rows(field, index) for field in seeds))
+
+    def nearest_point(xyz, cloud, mask):
+        def search(at):
+            distance = jnp.where(mask, jnp.sum(jnp.square(cloud - at), -1), jnp.inf)
+            return jnp.argmin(distance).astype(jnp.int32)
+
+        return map_blocks(search, xyz)
+
+    at = jax.vmap(nearest_point)(chosen.xyz, points.xyz, points.mask)
+    return chosen._replace(xyz=gather_rows(predictions.center, index), seed_index=at)
 
 
 def label_levels(class_names, mean_sizes, oriented: bool) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Which teacher point a student point is compared with, and in how many channels.
 
-Seeds and votes of teacher and student belong together row by row (both read the same point pyramid). Clusters do not, unless
-the student's are put at the teacher's: they are matched by distance.
+Seeds and votes of a teacher and a student that read the same point pyramid belong together row by row. Clusters do not, unless
+the student's are put at the teacher's, and nothing does where the two read other geometry (another family): then points are
+matched by distance.
 """
 
 from typing import NamedTuple
@@ -11,13 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vrdistill_jax.geometry.indexing import gather_rows
+from vrdistill_jax.geometry.neighbors import map_blocks
 from vrdistill_jax.losses.box import nearest, squared_distances
 from vrdistill_jax.nn.mlp import Dense
 from vrdistill_jax.structs import DetectorOutput, PointSet, Scene
 
 
+LARGE = 2**21  # pairs of points per scene above which distances are computed a block of points at a time
+
+
 class PointPairs(NamedTuple):
-    """The same points as student and teacher see them; features and coordinates of pads are 0."""
+    """Points as student and teacher see them; features and coordinates of pads are 0."""
 
     student: Array  # f32[B, M, Cs]
     teacher: Array  # f32[B, M, Ct], no gradient
@@ -41,7 +46,17 @@ def find_nearest(
       a scene without any valid target a large finite distance and row 0.
     """
     xyz, target_xyz = jax.lax.stop_gradient((xyz, target_xyz))
-    return nearest(squared_distances(xyz, target_xyz), target_mask)
+    if xyz.shape[1] * target_xyz.shape[1] <= LARGE:
+        return nearest(squared_distances(xyz, target_xyz), target_mask)
+
+    def search(xyz, target_xyz, target_mask):
+        def search_one(point):
+            distance, index = nearest(squared_distances(point[None], target_xyz), target_mask)
+            return distance[0], index[0]
+
+        return map_blocks(search_one, xyz)
+
+    return jax.vmap(search)(xyz, target_xyz, target_mask)
 
 
 def gather_points(points: PointSet, index: Int[Array, "b m"]) -> PointSet:
@@ -60,7 +75,10 @@ def gather_points(points: PointSet, index: Int[Array, "b m"]) -> PointSet:
 
 
 def pair_points(student: DetectorOutput, teacher: DetectorOutput, scene: Scene, tap: str) -> PointPairs:
-    """Takes a tap of both networks whose rows are the same points.
+    """Pairs the points of a tap of both networks.
+
+    Rows that go back to the same points of the cloud, in the same order, are paired as they are. Otherwise each student point has
+    the nearest of the teacher's; several may share one.
 
     Args:
       student: the student's output.
@@ -69,21 +87,17 @@ def pair_points(student: DetectorOutput, teacher: DetectorOutput, scene: Scene, 
       tap: name of the tap, such as "seeds".
 
     Returns:
-      PointPairs.
+      PointPairs; positions and seeds are the student's where points are matched by distance.
 
     Raises:
-      ValueError: if a network lacks the tap, or the numbers of points differ.
+      ValueError: if a network lacks the tap.
     """
     for name, output in (("student", student), ("teacher", teacher)):
         if tap not in output.taps:
             known = ", ".join(sorted(output.taps)) or "none"
             raise ValueError(f"the {name} has no tap {tap!r}; it offers: {known}")
-    a, b = student.taps[tap], jax.lax.stop_gradient(teacher.taps[tap])
-    if a.mask.shape != b.mask.shape:
-        raise ValueError(
-            f"tap {tap!r} holds {a.mask.shape[1]} points in the student and {b.mask.shape[1]} in the teacher; "
-            "distilling point by point needs the same config.detector.levels in both"
-        )
+    a = student.taps[tap]
+    b = _in_order_of(a, jax.lax.stop_gradient(teacher.taps[tap]))
     mask = a.mask & b.mask & scene.mask[:, None]
 
     def without_pads(values):
@@ -91,6 +105,20 @@ def pair_points(student: DetectorOutput, teacher: DetectorOutput, scene: Scene, 
 
     features = without_pads(a.features), without_pads(b.features)
     return PointPairs(*features, without_pads(b.xyz), b.seed_index, mask)
+
+
+def _in_order_of(student: PointSet, teacher: PointSet) -> PointSet:
+    """The teacher's points in the order of the student's."""
+
+    def by_distance() -> PointSet:
+        _, index = find_nearest(student.xyz, teacher.xyz, teacher.mask)
+        found = gather_points(teacher, index)
+        return found._replace(xyz=jax.lax.stop_gradient(student.xyz), seed_index=student.seed_index)
+
+    if student.mask.shape != teacher.mask.shape:
+        return by_distance()
+    same = jnp.all(student.seed_index == teacher.seed_index)
+    return jax.lax.cond(same, lambda: teacher, by_distance)
 
 
 def align_features(features: Float[Array, "b m s"], size: int) -> Float[Array, "b m t"]:

@@ -20,7 +20,8 @@ from vrdistill_jax.distillers import vrdistill
 from vrdistill_jax.evaluation.agreement import Agreement, RecallByVolume
 from vrdistill_jax.structs import Boxes, Detections, DetectorOutput, PointSet, Scene
 from vrdistill_jax.training.checkpoint import load_distiller_params, load_inference_checkpoint
-from vrdistill_jax.training.distill import Teacher, load_teacher
+from vrdistill_jax.training.state import Batch
+from vrdistill_jax.training.teacher import Teacher, load_teacher
 
 SAME_OBJECT = 0.5  # IoU from which teacher and student agree
 
@@ -83,12 +84,15 @@ class Run:
             return vrdistill.select_votes(output, level) if "clusters" in output.taps else None
 
         @jax.jit
-        def measure(variables, teacher_variables, params, scene, pyramid):
-            output = model.apply(variables, scene.points, pyramid, train=False)
+        def measure(variables, teacher_variables, params, batch):
+            scene = batch.scene
+            output = model.apply(variables, scene.points, batch.pyramid, train=False)
             found = detector.decode(output, scene.points, config.detector, PREDICT)
             votes, taught = {"student": votes_of(output)}, None
             if teacher is not None:
-                of_teacher: Any = teacher.model.apply(teacher_variables, scene.points, pyramid, train=False)
+                of_teacher: Any = teacher.model.apply(
+                    teacher_variables, *batch.teacher_input, train=False
+                )
                 decode = find_detector(teacher.config.name).decode
                 taught = decode(of_teacher, scene.points, teacher.config, PREDICT)
                 votes["teacher"] = votes_of(of_teacher)
@@ -106,17 +110,19 @@ class Run:
             refinement[1] if refinement else {},
         )
 
-    def measure(self, scene: Scene, pyramid: Any) -> tuple[Detections, Detections | None, dict, dict]:
+    def measure(self, batch: Batch) -> tuple[Detections, Detections | None, dict, dict]:
         """(detections, the teacher's or None, votes by whose they are, (sum of distances, count) by whose they are)."""
-        return jax.tree.map(np.asarray, self._measure(*self._constants, scene, pyramid))
+        return jax.tree.map(np.asarray, self._measure(*self._constants, batch))
 
     def outputs(self, split: str):
         """Goes through the dataset: (scene, detections, the teacher's, distances) per batch."""
         pyramid = find_detector(self.config.detector.name).pyramid_config(self.config.detector)
         source, batch_size = open_source(self.config.dataset, split), self.config.train.eval_batch_size
-        for scene, built in evaluation_batches(source, self.config, pyramid, batch_size):
-            found, taught, _, distances = self.measure(scene, built)
-            yield scene, found, taught, distances
+        reads = self.teacher.reads if self.teacher else None
+        for parts in evaluation_batches(source, self.config, pyramid, batch_size, reads):
+            batch = Batch(*parts)
+            found, taught, _, distances = self.measure(batch)
+            yield batch.scene, found, taught, distances
 
 
 def load_run(workdir: str | pathlib.Path) -> Run:

@@ -16,6 +16,7 @@ from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.distillers import vrdistill
 from vrdistill_jax.experiments.analysis import Run, kept_detections, load_run, real_boxes
 from vrdistill_jax.structs import Detections, PointSet, Scene
+from vrdistill_jax.training.state import Batch
 from vrdistill_jax.visualization.figures import write_detection_figure, write_vote_figure
 from vrdistill_jax.visualization.layers import BLUE, LAYER_COLORS, RED, BoxSet, PointLayer
 
@@ -114,10 +115,11 @@ def draw_figure(
 def look_at_scene(run: Run, source: Any, row: int) -> SceneOutputs:
     """Shows a run the points of one scene that its evaluation would draw."""
     pyramid = find_detector(run.config.detector.name).pyramid_config(run.config.detector)
-    prepared = PreparedScenes(source, run.config, pyramid, train=False).prepare(row)
-    scene, built = stack_scenes([prepared], pyramid)
-    found, _, votes, _ = run.measure(scene, built)
-    return SceneOutputs(scene, found, {name: points for name, points in votes.items() if points is not None})
+    reads = run.teacher.reads if run.teacher else None
+    prepared = PreparedScenes(source, run.config, pyramid, False, reads).prepare(row)
+    batch = Batch(*stack_scenes([prepared], pyramid, reads))
+    found, _, votes, _ = run.measure(batch)
+    return SceneOutputs(batch.scene, found, {name: points for name, points in votes.items() if points is not None})
 
 
 def refined_votes(seen: SceneOutputs, on_objects: bool) -> list[PointLayer]:

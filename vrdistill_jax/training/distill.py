@@ -1,14 +1,9 @@
 """Distillation: a frozen teacher reads the same clouds as the student, and distillers compare the two.
 
-The teacher takes no part in optimiser or checkpoint: a run records where it came from, a hash of its weights and how well it
-does on the validation split. Learnable parts of the distillers have their own optimiser; without them, and with distillers of
-weight 0, a step does to the student what plain training does.
+The teacher (`training.teacher`) takes no part in optimiser or checkpoint. Learnable parts of the distillers have their own
+optimiser; without them, and with distillers of weight 0, a step does to the student what plain training does.
 """
 
-import copy
-import hashlib
-import json
-import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,30 +11,18 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from vrdistill_jax.detectors import find_detector
-from vrdistill_jax.distillers import find_distiller
+from vrdistill_jax.distillers import DISTILLERS, find_distiller
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.norm import update_running
 from vrdistill_jax.structs import DetectorOutput
 from vrdistill_jax.training import teacher_guided
-from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 from vrdistill_jax.training.optimizer import make_optimizer
 from vrdistill_jax.training.state import Batch, DistillerState, TrainState
-from vrdistill_jax.training.step import make_predict_step
-
-TEACHER_SCORES = {"mAP_25": "mAP@0.25", "mAP_50": "mAP@0.5"}  # entries of config.teacher: names in a result
-
-
-class Teacher(NamedTuple):
-    """A trained detector that is not trained further."""
-
-    model: nn.Module  # as it teaches
-    variables: dict  # {"params", "batch_stats"}
-    config: ConfigDict  # config.detector of its checkpoint
+from vrdistill_jax.training.teacher import Teacher, input_config
 
 
 class Method(NamedTuple):
@@ -60,115 +43,12 @@ class Distillation(NamedTuple):
     )
 
 
-def load_teacher(config: Any, workdir: str | pathlib.Path) -> Teacher:
-    """Loads the teacher that a config names and checks that the student can learn from it.
-
-    Args:
-      config: the whole config, with the section teacher (`recipes.default_teacher_config`); its weights_sha256 is filled
-        in, and its scores if the run has been started before with the same teacher.
-      workdir: folder of the run, which may not exist yet.
-
-    Returns:
-      The teacher, its variables on the device.
-
-    Raises:
-      ValueError: if there is no such checkpoint, its weights are not the recorded ones, or it reads other input than the
-        student.
-    """
-    if not config.teacher.checkpoint:
-        raise ValueError(
-            "config.teacher.checkpoint is empty; name a trained detector: --config.teacher.checkpoint=runs/teacher"
-        )
-    variables, teacher_config = load_inference_checkpoint(config.teacher.checkpoint)
-    found, expected = hash_weights(variables), config.teacher.weights_sha256
-    if expected and found != expected:
-        raise ValueError(
-            f"the weights in {config.teacher.checkpoint} have the hash {found}, but config.teacher.weights_sha256 is "
-            f"{expected}; name the checkpoint that was meant, or empty the entry"
-        )
-    config.teacher.weights_sha256 = found
-    _recall_scores(config, pathlib.Path(workdir) / "config.json")
-    check_same_input(config.detector, teacher_config.detector)
-
-    teaching = copy.deepcopy(teacher_config.detector)
-    for name, value in config.teacher.detector.items():
-        if name not in teaching:
-            raise ValueError(
-                f"config.teacher.detector.{name} is no entry of the teacher's config.detector; it has "
-                f"{', '.join(sorted(teaching))}"
-            )
-        teaching[name] = value
-    model = find_detector(teaching.name).build(teaching)
-    return Teacher(model, jax.device_put(variables), teacher_config.detector)
-
-
-def check_same_input(student: Any, teacher: Any) -> None:
-    """Checks that one loaded batch serves both networks.
-
-    Args:
-      student: its config.detector.
-      teacher: likewise.
-
-    Raises:
-      ValueError: naming the entry that differs.
-    """
-    pyramids = [find_detector(config.name).pyramid_config(config) for config in (student, teacher)]
-    pairs = {
-        "point pyramids (detector.levels)": pyramids,
-        "input features (detector.input_features)": [tuple(c.input_features) for c in (student, teacher)],
-        "classes (detector.class_names)": [tuple(c.class_names) for c in (student, teacher)],
-    }
-    for what, (of_student, of_teacher) in pairs.items():
-        if of_student != of_teacher:
-            raise ValueError(
-                f"teacher and student need the same {what}: the teacher has {of_teacher}, the student {of_student}; give the "
-                "student's config the teacher's, or train another teacher"
-            )
-
-
-def hash_weights(variables: dict) -> str:
-    """SHA-256 of names, shapes and values of all parameters and running statistics."""
-    digest = hashlib.sha256()
-    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
-    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def make_teacher_predict(teacher: Teacher) -> Callable:
-    """predict(variables, points, pyramid) -> Detections, as `evaluate` runs the teacher's checkpoint."""
-    detector = find_detector(teacher.config.name)
-    return make_predict_step(detector.build(teacher.config), detector.decode, teacher.config)
-
-
 def init_student(config: Any, teacher: Teacher, variables: dict) -> dict:
     """The student's initial variables: as they are, or cut out of the teacher's if config.distiller.teacher_guided says so."""
     guided = config.distiller.get("teacher_guided")
     if not (guided and guided.initialize):
         return variables
     return teacher_guided.guided_variables(teacher.variables, variables, config.detector.name)
-
-
-def teacher_scores(config: Any) -> dict[str, float]:
-    """What the config records of the teacher on the validation split; empty if it has not been evaluated yet."""
-    if config.teacher.mAP_25 < 0:
-        return {}
-    return {name: config.teacher[entry] for entry, name in TEACHER_SCORES.items()}
-
-
-def record_teacher_scores(config: Any, scores: dict[str, float]) -> None:
-    """Writes "mAP@0.25" and "mAP@0.5" of the teacher into the config."""
-    for entry, name in TEACHER_SCORES.items():
-        config.teacher[entry] = scores[name]
-
-
-def _recall_scores(config: Any, path: pathlib.Path) -> None:
-    """Takes the scores from an earlier start of the run, so that a resumed one does not evaluate the teacher again."""
-    before = json.loads(path.read_text()).get("teacher", {}) if path.exists() else {}
-    if before.get("weights_sha256") == config.teacher.weights_sha256:
-        record_teacher_scores(config, {name: before[entry] for entry, name in TEACHER_SCORES.items()})
 
 
 def make_distillation(
@@ -184,7 +64,7 @@ def make_distillation(
       axis_name: mapped device axis, or None.
 
     Raises:
-      ValueError: for an unknown method, or nothing to do.
+      ValueError: for an unknown method, one that cannot compare these two networks, or nothing to do.
     """
     guided = config.distiller.get("teacher_guided") or teacher_guided.default_config()
     if not (config.distiller.methods or guided.initialize or guided.label):
@@ -192,6 +72,8 @@ def make_distillation(
     methods = {}
     for name, entry in config.distiller.methods.items():
         file = find_distiller(name)
+        if file.NEEDS_ALIGNED:
+            check_one_by_one(name, config.detector, teacher)
         module = file.build(entry, config.detector, teacher.config, axis_name)
         methods[name] = Method(module, file.NEEDS_ALIGNED)
     settings = ConfigDict(config.optimizer.to_dict())
@@ -200,6 +82,31 @@ def make_distillation(
     return Distillation(
         teacher, methods, make_optimizer(settings, schedule), guided if guided.label else None
     )
+
+
+def check_one_by_one(method: str, student: Any, teacher: Teacher) -> None:
+    """Checks that the student can propose where the teacher does, in the same terms.
+
+    Args:
+      method: name of the distiller that needs it.
+      student: its config.detector.
+      teacher: of the run.
+
+    Raises:
+      ValueError: saying what differs, and which methods do without.
+    """
+    reason = ""
+    if student.name != teacher.config.name:
+        reason = f"the teacher is {teacher.config.name}, the student {student.name}"
+    elif not hasattr(find_detector(student.name).build(student), "propose_like"):
+        reason = f"{student.name} cannot propose at given places"
+    elif teacher.reads is not None and teacher.reads.pyramid != input_config(student).pyramid:
+        reason = "their point pyramids (detector.levels) differ"
+    if reason:
+        others = ", ".join(name for name in DISTILLERS if not find_distiller(name).NEEDS_ALIGNED)
+        raise ValueError(
+            f"{method} compares proposals one by one and cannot be used here: {reason}. These methods can: {others}"
+        )
 
 
 def init_distillers(
@@ -212,14 +119,14 @@ def init_distillers(
       key: random.
       student: the student's network.
       variables: its variables.
-      batch: labelled scenes and their geometry.
+      batch: labelled scenes and what both networks read.
     """
 
     @jax.jit
     def init(key, variables, teacher_variables, batch):
-        scene, pyramid = batch
-        taught = distillation.teacher.model.apply(teacher_variables, scene.points, pyramid, train=False)
-        output = student.apply(variables, scene.points, pyramid, train=False)
+        scene = batch.scene
+        taught = distillation.teacher.model.apply(teacher_variables, *batch.teacher_input, train=False)
+        output = student.apply(variables, scene.points, batch.pyramid, train=False)
         params = {}
         for n, (name, method) in enumerate(distillation.methods.items()):
             aligned = None
@@ -240,11 +147,6 @@ def _at_clusters_of(
     student: nn.Module, variables: dict, output: Any, teacher: Any, *, train: bool
 ) -> DetectorOutput:
     """The student's proposals at the teacher's clusters; what that pass does to the statistics is dropped."""
-    if not hasattr(student, "propose_like") or type(output.raw) is not type(teacher.raw):
-        raise ValueError(
-            "this distiller compares proposals one by one; it needs a teacher and a student of one kind that can propose at "
-            "given places"
-        )
     arguments = (variables, output, teacher)
     aligned: Any = student.apply(*arguments, train=train, method="propose_like", mutable=["batch_stats"])
     return aligned[0]
@@ -283,8 +185,8 @@ def make_distill_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array, teacher_variables: dict):
         key = jax.random.fold_in(key, state.step)
-        scene, pyramid = batch
-        taught: Any = teacher.model.apply(teacher_variables, scene.points, pyramid, train=False)
+        scene = batch.scene
+        taught: Any = teacher.model.apply(teacher_variables, *batch.teacher_input, train=False)
         taught = jax.lax.stop_gradient(taught)
         # The detection loss alone sees the teacher's labels; the methods see the ground truth.
         labelled, counts = scene, {}
@@ -305,7 +207,7 @@ def make_distill_step(
             output, updates = model.apply(
                 variables,
                 scene.points,
-                pyramid,
+                batch.pyramid,
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": key},

@@ -7,14 +7,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vrdistill_jax.structs import AnyPyramid, Array, Points, Scene
+from vrdistill_jax.structs import AnyPyramid, Array, NetworkInput, Points, Scene
 
 
 class Batch(NamedTuple):
-    """What the loader delivers: scenes and the geometry that networks share."""
+    """What the loader delivers: scenes and the geometry that the trained network reads."""
 
     scene: Scene
     pyramid: AnyPyramid
+    teacher: NetworkInput | None = None  # what a teacher reads; None where that is the same
+
+    @property
+    def teacher_input(self) -> NetworkInput:
+        """What the teacher reads."""
+        return self.teacher or NetworkInput(self.scene.points, self.pyramid)
 
 
 class DistillerState(NamedTuple):
