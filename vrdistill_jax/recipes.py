@@ -403,16 +403,23 @@ DATASETS: dict[str, Callable[..., ConfigDict]] = {
 
 
 def student_config(
-    methods: tuple[str, ...], width: str = "half", size: str = "teacher", dataset: str = "synthrooms"
+    methods: tuple[str, ...],
+    width: str = "half",
+    size: str = "teacher",
+    dataset: str = "synthrooms",
+    detector: str = "votenet",
+    teacher: str = "",
 ) -> ConfigDict:
-    """A narrow VoteNet that learns from a trained one: the config of a distillation run.
+    """A narrow detector that learns from a trained one: the config of a distillation run.
 
     Args:
       methods: names of distillers, whose losses are added up; none of them trains the same student on its own, the
         comparison that a distiller is judged by.
       width: of STUDENT_WIDTHS, relative to the teacher.
-      size: of the teacher, as in `votenet_config`.
+      size: of the teacher, as its recipe knows it.
       dataset: of DATASETS.
+      detector: of DETECTOR_RECIPES, the student's.
+      teacher: likewise, the teacher's; "" for the student's.
 
     Returns:
       A whole config; `teacher.checkpoint` is left for the caller to set.
@@ -423,14 +430,14 @@ def student_config(
     for name, known in ((width, STUDENT_WIDTHS), (dataset, DATASETS)):
         if name not in known:
             raise ValueError(f"unknown {name!r}; known: {', '.join(known)}")
-    config = DATASETS[dataset](size)
+    config = DATASETS[dataset](size, detector=detector)
     config.detector.width *= STUDENT_WIDTHS[width]
-    if size == "full":
+    if size == "full" and detector == "votenet":
         _use_distillation_schedule(config, dataset)
     if not methods:
         return config
     config.optimizer.distiller_weight_decay = 1e-2
-    config.teacher = default_teacher_config()
+    config.teacher = default_teacher_config(teacher or detector)
     config.distiller = ConfigDict({"methods": {}, "teacher_guided": teacher_guided.default_config()})
     with config.unlocked():
         for name in methods:
@@ -438,19 +445,23 @@ def student_config(
     return config
 
 
-def default_teacher_config() -> ConfigDict:
+def default_teacher_config(detector: str = "votenet") -> ConfigDict:
     """The section `teacher` of a distillation run.
+
+    Args:
+      detector: the teacher's.
 
     Returns:
       A ConfigDict with
         checkpoint: a run's work directory or an imported checkpoint,
         detector: entries of the teacher's config.detector that are changed while it teaches (not where it is evaluated):
-          its clusters are spread over votes, as in training,
+          if it clusters votes, its clusters are spread over votes, as in training,
         weights_sha256, mAP_25, mAP_50: filled in by training, for the record (a hash that is given is checked).
     """
     config = ConfigDict()
     config.checkpoint = ""
-    config.detector = ConfigDict({"cluster_sampling_eval": "vote_fps"})
+    clusters_votes = detector in ("votenet", "h3dnet")
+    config.detector = ConfigDict({"cluster_sampling_eval": "vote_fps"} if clusters_votes else {})
     config.weights_sha256 = ""
     config.mAP_25 = config.mAP_50 = -1.0
     return config

@@ -5,11 +5,12 @@
     python -m vrdistill_jax.reproduce --table=3 --dataset=scannet --data_dir=datasets --budget=full
     python -m vrdistill_jax.reproduce --table=7 --render_only
     python -m vrdistill_jax.reproduce --figure=1
+    python -m vrdistill_jax.reproduce --paper=sr3d --table=2
 
 A table is a grid of training runs. A run that is done is not run again, also by another table; a killed one goes on from its
 last checkpoint. The same command may be started several times at once, on several machines with a common disk too: each run is
 locked by the process that does it. --results receives a JSON file per run, and the table as JSON, Markdown and text.
-A figure is drawn of the runs that are there: of table 1, half width, seed 0.
+A figure is drawn of the runs that are there: of table 1, half width (VRDistill), seed 0.
 """
 
 import pathlib
@@ -19,11 +20,14 @@ import sys
 from absl import flags
 
 from vrdistill_jax.command_line import run_verb
+from vrdistill_jax.experiments import vrdistill_tables
 from vrdistill_jax.experiments.figures import FIGURES, draw_figure
 from vrdistill_jax.experiments.grid import BUDGETS, TEACHER, Cell, Study, check_record, is_trained, run_cells
 from vrdistill_jax.experiments.rendering import as_text, write_table
-from vrdistill_jax.experiments.vrdistill_tables import Row, make_table, table_rows
+from vrdistill_jax.experiments.rows import Row
 from vrdistill_jax.recipes import DATASETS
+
+PAPERS = {"vrdistill": vrdistill_tables}
 
 
 def choose_rows(rows: list[Row], wanted: list[str]) -> list[Row]:
@@ -49,7 +53,7 @@ def figure_runs(number: int, study: Study) -> dict[str, pathlib.Path]:
     """
     if number not in FIGURES:
         raise ValueError(f"no figure {number}; there are {', '.join(map(str, FIGURES))}")
-    rows = {row.label: row for row in table_rows(1) if row.width in (TEACHER, "half")}
+    rows = {row.label: row for row in vrdistill_tables.table_rows(1) if row.width in (TEACHER, "half")}
     cells = {label: rows[label].cell(0) for label in FIGURES[number].runs}
     missing = [label for label, cell in cells.items() if not is_trained(cell, study)]
     if missing and (number != 4 or len(missing) == len(cells)):
@@ -64,6 +68,7 @@ def figure_runs(number: int, study: Study) -> dict[str, pathlib.Path]:
 
 def define_flags() -> None:
     """Declares the verb's flags; not at import, because other verbs use the same names."""
+    flags.DEFINE_enum("paper", "vrdistill", list(PAPERS), "Whose table or figure.")
     flags.DEFINE_integer("table", None, "Number of the table in the paper.", 1)
     flags.DEFINE_integer("figure", None, "Draw this figure instead (extra: figures).", 1)
     flags.DEFINE_list("scenes", None, "Rows of the validation split that a figure shows; default one or two.")
@@ -81,7 +86,7 @@ def define_flags() -> None:
     flags.DEFINE_list("rows", [], "Only these rows (their labels); default all.")
     flags.DEFINE_bool("render_only", False, "Run nothing; make the table of what is there.")
     flags.DEFINE_string("workdir", "runs/reproduce", "Where the training runs are kept.")
-    flags.DEFINE_string("results", "results/vrdistill", "Where the JSON files and the tables go.")
+    flags.DEFINE_string("results", None, "Where the JSON files and the tables go; default results/PAPER.")
 
 
 def main() -> int:
@@ -89,8 +94,12 @@ def main() -> int:
     options = flags.FLAGS
     if (options.table is None) == (options.figure is None):
         raise ValueError("--table or --figure is needed, for example --table=1")
-    workdir, results = pathlib.Path(options.workdir), pathlib.Path(options.results)
-    dataset = options.dataset or ("synthrooms_view" if options.table == 2 else "synthrooms")
+    workdir, results = (
+        pathlib.Path(options.workdir),
+        pathlib.Path(options.results or f"results/{options.paper}"),
+    )
+    tables = PAPERS[options.paper]
+    dataset = options.dataset or tables.DATASETS_OF_TABLES.get(options.table, "synthrooms")
     study = Study(dataset, options.budget, workdir, results, options.data_dir)
     if options.figure is not None:
         scenes = [int(row) for row in options.scenes] if options.scenes else None
@@ -100,14 +109,14 @@ def main() -> int:
         ):
             print(f"written: {path}")
         return 0
-    rows = choose_rows(table_rows(options.table), options.rows)
+    rows = choose_rows(tables.table_rows(options.table), options.rows)
     # Seed by seed, so that a stopped grid has whole rows of the first seeds.
     cells: list[Cell] = [row.cell(seed) for seed in range(options.seeds) for row in rows]
     for cell in cells:
         check_record(cell, study)
     command = shlex.join(["python", "-m", "vrdistill_jax.reproduce", *sys.argv[1:]])
     running = [] if options.render_only else run_cells(cells, study, command)
-    table = make_table(options.table, study, options.seeds)
+    table = tables.make_table(options.table, study, options.seeds)
     path = results / f"{study.dataset}_{study.budget}" / f"table{options.table}"
     write_table(table, path)
     print("\n" + as_text(table))

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from vrdistill_jax.experiments import grid
-from vrdistill_jax.experiments.grid import Cell, Study, cell_config, run_cells, train_command
+from vrdistill_jax.experiments.grid import Cell, Study, cell_config, run_cells, teacher_of, train_command
 from vrdistill_jax.experiments.rendering import as_markdown, as_text
 from vrdistill_jax.experiments.vrdistill_tables import TABLES, make_table, table_rows
 from vrdistill_jax.reproduce import choose_rows
@@ -126,6 +126,49 @@ def type_like(config, key, text):
     for part in key.removeprefix("config.").split("."):
         value = value[part]
     return type(value)(text)
+
+
+def test_names_say_what_is_trained():
+    assert Cell(grid.TEACHER, 0).name == "teacher_seed0"
+    assert Cell("half", 1).name == "half_alone_seed1"
+    sigma = (("distiller.methods.vrdistill.sigma", 0.5),)
+    assert Cell("half", 0, ("vrdistill",), sigma).name == "half_vrdistill_sigma=0.5_seed0"
+    assert Cell(grid.TEACHER, 0, detector="tr3d").name == "tr3d_seed0"
+    losses = (("detector.classification_loss", "qfl"),)
+    assert Cell(grid.TEACHER, 2, (), losses, "sr3d").name == "sr3d_classification_loss=qfl_seed2"
+    assert Cell("quarter", 0, ("seed",), detector="3detr").name == "3detr_quarter_seed_seed0"
+    assert Cell("half", 0, ("seed",), teacher="h3dnet").name == "half_seed_from_h3dnet_seed0"
+
+
+def test_a_student_has_the_detector_and_the_teacher_that_its_cell_names(study):
+    own = Cell("half", 3, ("vrdistill",), detector="groupfree3d")
+    assert teacher_of(own) == Cell(grid.TEACHER, 3, detector="groupfree3d")
+    config = cell_config(own, study)
+    assert config.detector.name == "groupfree3d"
+    assert config.detector.width == 0.5 * cell_config(teacher_of(own), study).detector.width
+    assert config.teacher.checkpoint.endswith("groupfree3d_seed3")
+    assert not config.teacher.detector  # no entry of VoteNet's is changed
+    assert ",groupfree3d" in train_command(own, study)
+
+    other = Cell("half", 3, ("vrdistill",), teacher="h3dnet")
+    assert teacher_of(other) == Cell(grid.TEACHER, 3, detector="h3dnet")
+    config = cell_config(other, study)
+    assert config.detector.name == "votenet"
+    assert config.teacher.checkpoint.endswith("h3dnet_seed3")
+    assert ",votenet,h3dnet" in train_command(other, study)
+    with pytest.raises(ValueError, match="unknown 'votnet'; known: votenet"):
+        cell_config(Cell("half", 0, detector="votnet"), study)
+
+
+def test_published_records_are_found_done(tmp_path):
+    """Their names and configs are those that the grid gives the same cells today."""
+    results = pathlib.Path(__file__).resolve().parents[2] / "results" / "vrdistill"
+    published = Study("synthrooms", "small", tmp_path, results)
+    cells = [row.cell(SEED) for number in TABLES for row in table_rows(number)]
+    done = [cell for cell in cells if published.record_path(cell).exists()]
+    assert done
+    for cell in done:
+        grid.check_record(cell, published)
 
 
 def test_unknown_rows_and_tables_are_named():

@@ -18,32 +18,34 @@ import jax
 from ml_collections import ConfigDict
 
 from vrdistill_jax.experiments.analysis import analyse_run
-from vrdistill_jax.recipes import DATASETS, student_config
+from vrdistill_jax.recipes import DATASETS, DETECTOR_RECIPES, student_config
 from vrdistill_jax.train import train
 from vrdistill_jax.training.checkpoint import describe_difference
 from vrdistill_jax.training.logging import describe_environment
 
-TEACHER = "teacher"
+TEACHER = "teacher"  # the width of a detector that is as wide as its recipe says, trained on its own
+VOTENET = "votenet"
 
 
 class Budget(NamedTuple):
     """What a run of a budget looks like."""
 
-    size: str  # of the teacher, of recipes.VOTENET_SIZES
+    size: str  # of the detector's recipe
     changes: dict[str, Any] = {}  # dotted config entries of all runs
-    teacher_changes: dict[str, Any] = {}  # and of the teacher's alone
+    teacher_changes: dict[str, Any] = {}  # and of those at full width alone
 
 
-BUDGETS = {
-    "tiny": Budget("tiny"),  # for tests
-    # Minutes per run on two CPU cores. The recipe's learning rate suits the narrow students; at full width, so few steps
-    # need a smaller one (docs/distillation.md).
-    "small": Budget(
+# tiny: for tests; small: minutes per run on two CPU cores; full: the published size and schedule, for a GPU.
+BUDGETS = ("tiny", "small", "full")
+# The small one of detectors that do not train as their recipe's size "small" says.
+SMALL_BUDGETS = {
+    # The recipe's learning rate suits the narrow students; at full width, so few steps need a smaller one
+    # (docs/distillation.md).
+    VOTENET: Budget(
         "teacher",
         {"train.num_steps": 1600, "train.batch_size": 4},
         {"optimizer.learning_rate": 1.5e-3},
     ),
-    "full": Budget("full"),  # the published size and schedule, for a GPU
 }
 # Of a record's config: says nothing about what was trained (the teacher is named by the cell).
 NOT_COMPARED = ("teacher.",)
@@ -56,14 +58,20 @@ class Cell(NamedTuple):
     seed: int
     methods: tuple[str, ...] = ()  # distillers; none trains the detector on its own
     changes: tuple[tuple[str, Any], ...] = ()  # dotted config entries and their values
+    detector: str = VOTENET  # of recipes.DETECTOR_RECIPES
+    teacher: str = ""  # the teacher's detector; "" for the same
 
     @property
     def name(self) -> str:
-        """Name of its folder and its file."""
-        if self.width == TEACHER:
-            return f"{TEACHER}_seed{self.seed}"
-        changes = [f"{key.rpartition('.')[2]}={value}" for key, value in self.changes]
-        return "_".join([self.width, "+".join(self.methods) or "alone", *changes, f"seed{self.seed}"])
+        """Name of its folder and its file: a run at full width is called after its detector, VoteNet's the teacher."""
+        words = [] if self.detector == VOTENET else [self.detector]
+        if self.width != TEACHER:
+            words += [self.width, "+".join(self.methods) or "alone"]
+        words = words or [TEACHER]
+        if self.teacher not in ("", self.detector):
+            words.append(f"from_{self.teacher}")
+        words += [f"{key.rpartition('.')[2]}={value}" for key, value in self.changes]
+        return "_".join([*words, f"seed{self.seed}"])
 
 
 class Study(NamedTuple):
@@ -93,14 +101,13 @@ def cell_config(cell: Cell, study: Study) -> ConfigDict:
     """The whole config of a cell's run.
 
     Raises:
-      ValueError: for an unknown dataset or budget, or a change of an entry that does not exist.
+      ValueError: for an unknown dataset, budget or detector, or a change of an entry that does not exist.
     """
-    for name, known in ((study.dataset, DATASETS), (study.budget, BUDGETS)):
+    known_names = ((study.dataset, DATASETS), (study.budget, BUDGETS), (cell.detector, DETECTOR_RECIPES))
+    for name, known in known_names:
         if name not in known:
             raise ValueError(f"unknown {name!r}; known: {', '.join(known)}")
-    size = BUDGETS[study.budget].size
-    width = "same" if cell.width == TEACHER else cell.width
-    config = student_config(cell.methods, width, size, study.dataset)
+    config = student_config(cell.methods, *recipe_arguments(cell, study))
     config.seed = cell.seed
     config.dataset.data_dir = study.data_dir
     with config.ignore_type():  # 1 is a fine value of an entry that holds 1.0
@@ -118,23 +125,35 @@ def cell_config(cell: Cell, study: Study) -> ConfigDict:
     return config
 
 
+def find_budget(study: Study, detector: str) -> Budget:
+    """What the study's budget means for a detector."""
+    default = Budget(study.budget)
+    return SMALL_BUDGETS.get(detector, default) if study.budget == "small" else default
+
+
+def recipe_arguments(cell: Cell, study: Study) -> tuple[str, ...]:
+    """What `recipes.student_config` takes after the methods: width, size, dataset, detector and, if it is another, teacher."""
+    width = "same" if cell.width == TEACHER else cell.width
+    teacher = (cell.teacher,) if cell.teacher else ()
+    return (width, find_budget(study, cell.detector).size, study.dataset, cell.detector, *teacher)
+
+
 def cell_changes(cell: Cell, study: Study) -> dict[str, Any]:
     """Dotted config entries of a cell that its recipe has otherwise."""
-    budget = BUDGETS[study.budget]
+    budget = find_budget(study, cell.detector)
     of_teacher = budget.teacher_changes if cell.width == TEACHER else {}
     return budget.changes | of_teacher | dict(cell.changes)
 
 
 def teacher_of(cell: Cell) -> Cell:
     """The teacher of the same seed."""
-    return Cell(TEACHER, cell.seed)
+    return Cell(TEACHER, cell.seed, detector=cell.teacher or cell.detector)
 
 
 def train_command(cell: Cell, study: Study) -> str:
     """The call of the verb `train` that does what the cell's run does."""
-    size = BUDGETS[study.budget].size
-    methods, width = "+".join(cell.methods) or "none", "same" if cell.width == TEACHER else cell.width
-    config = f"configs/distill/student.py:{methods},{width},{size},{study.dataset}"
+    arguments = ",".join(["+".join(cell.methods) or "none", *recipe_arguments(cell, study)])
+    config = f"configs/distill/student.py:{arguments}"
     changes = {"seed": cell.seed} | cell_changes(cell, study)
     if cell.methods:
         changes["teacher.checkpoint"] = study.folder(teacher_of(cell)).as_posix()

@@ -4,13 +4,13 @@ Source of the numbers: "VRDistill: Vote Refinement Distillation for Efficient In
 3, 6, 7, 8 and 9 (mAP in %). Table 6's counter of PGD is illegible and follows from the row's mean.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from vrdistill_jax.experiments.cost import cost_table
-from vrdistill_jax.experiments.grid import TEACHER, Cell, Study
+from vrdistill_jax.experiments.grid import TEACHER, Study
 from vrdistill_jax.experiments.rendering import Table, mean_and_std, percent
+from vrdistill_jax.experiments.rows import METRICS, Row, Score, describe_runs, find_rows, read_records
 
-METRICS = ("mAP@0.25", "mAP@0.5")
 METHOD_NAMES = {
     "alone": "Student",
     "seed": "Seed distillation",
@@ -21,9 +21,9 @@ METHOD_NAMES = {
     "sparsekd": "SparseKD",
     "vrdistill": "VRDistill",
 }
+DATASETS_OF_TABLES = {2: "synthrooms_view"}  # where no dataset is named; the others: synthrooms
 WIDTH_NAMES = {TEACHER: "1", "half": "1/2", "quarter": "1/4"}
 
-Score = tuple[float, float]  # mAP@0.25 and mAP@0.5 in %
 PAPER_TEACHERS: dict[int, Score] = {1: (58.1, 33.4), 2: (57.9, 35.7)}
 # By table, width and method.
 PAPER: dict[int, dict[str, dict[str, Score]]] = {
@@ -95,20 +95,6 @@ PAPER_CLASSES = {
 }
 CLASS_METHODS = ("alone", "fgd", "mgd", "pgd", "vrdistill")
 VRDISTILL = "distiller.methods.vrdistill"
-
-
-class Row(NamedTuple):
-    """One line of a table: the same run with several seeds."""
-
-    label: str
-    width: str
-    methods: tuple[str, ...] = ()
-    changes: tuple[tuple[str, Any], ...] = ()
-    paper: Score | None = None
-
-    def cell(self, seed: int) -> Cell:
-        """The run with that seed."""
-        return Cell(self.width, seed, self.methods, self.changes)
 
 
 def _compared_methods(number: int) -> list[Row]:
@@ -183,9 +169,7 @@ def table_rows(number: int) -> list[Row]:
     Raises:
       ValueError: for a table that is not here.
     """
-    if number not in TABLES:
-        raise ValueError(f"no table {number}; there are {', '.join(map(str, TABLES))}")
-    return TABLES[number][1]
+    return find_rows(TABLES, number)
 
 
 def make_table(number: int, study: Study, seeds: int) -> Table:
@@ -195,27 +179,20 @@ def make_table(number: int, study: Study, seeds: int) -> Table:
     return _class_table(study, seeds) if number == 6 else _score_table(number, study, seeds)
 
 
-def _records(row: Row, study: Study, seeds: int) -> dict[int, dict]:
-    records = {seed: study.read(row.cell(seed)) for seed in range(seeds)}
-    return {seed: record for seed, record in records.items() if record is not None}
-
-
 def _score_table(number: int, study: Study, seeds: int) -> Table:
     title, rows = TABLES[number]
-    records = {row: _records(row, study, seeds) for row in rows}
-    alone = {row.width: records[row] for row in rows if not row.methods and row.width != TEACHER}
+    records = {row: read_records(row, study, seeds) for row in rows}
+    alone = {
+        (row.detector, row.width): records[row] for row in rows if not row.methods and row.width != TEACHER
+    }
     lines, data = [], []
     for row in rows:
         line, entry = [row.label, WIDTH_NAMES[row.width], str(len(records[row]))], row._asdict()
         for n, metric in enumerate(METRICS):
             scores = {seed: record["result"][metric] for seed, record in records[row].items()}
             # Differences are between runs of the same seed: same teacher, same order of scenes.
-            pairs = [
-                scores[s] - alone[row.width][s]["result"][metric]
-                for s in scores
-                if s in alone.get(row.width, {})
-            ]
-            pairs = pairs if row.methods else []
+            plain = alone.get((row.detector, row.width), {}) if row.methods else {}
+            pairs = [scores[s] - plain[s]["result"][metric] for s in scores if s in plain]
             mean, std = mean_and_std(list(scores.values()))
             gain, gain_std = mean_and_std(pairs)
             line += [
@@ -236,7 +213,7 @@ def _score_table(number: int, study: Study, seeds: int) -> Table:
 
 def _class_table(study: Study, seeds: int) -> Table:
     title, rows = TABLES[6]
-    records = {row: _records(row, study, seeds) for row in rows}
+    records = {row: read_records(row, study, seeds) for row in rows}
     names = sorted(
         {n for of_row in records.values() for r in of_row.values() for n in r["result"]["classes"]}
     )
@@ -263,13 +240,9 @@ def _notes(records: dict[Row, dict[int, dict]], study: Study) -> list[str]:
     every = [record for of_row in records.values() for record in of_row.values()]
     if not every:
         return ["No cell has been run yet."]
-    config, environment = every[0]["config"], every[0]["environment"]
-    train, dataset = config["train"], config["dataset"]
     return [
-        f"Each run: {train['num_steps']:,} steps of {train['batch_size']} scenes, {dataset['num_points']:,} points a scene, "
-        f"{config['detector']['num_proposals']} proposals; score of the last step on {every[0]['result']['num_scenes']} "
-        "held-out scenes, in %. Mean ± standard deviation over seeds; gain: over the student alone with the same seed.",
-        f"Paper: ScanNet V2 or SUN RGB-D at full size, so only gains compare. Ours: {environment['platform']}, "
-        f"{', '.join(sorted(set(environment['devices'])))}, jax {environment['jax']}.",
+        *describe_runs(every),
+        "Mean ± standard deviation over seeds; gain: over the student alone with the same seed. Paper: ScanNet V2 or SUN "
+        "RGB-D at full size, so only gains compare.",
         f"Command: {every[0]['command']}",
     ]

@@ -1,0 +1,68 @@
+"""Lines of a table: the same run with several seeds, and what is common to them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from vrdistill_jax.experiments.grid import VOTENET, Cell, Study
+
+METRICS = ("mAP@0.25", "mAP@0.5")
+Score = tuple[float, float]  # of METRICS, in %
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+
+    label: str
+    width: str  # and the next four as in grid.Cell
+    methods: tuple[str, ...] = ()
+    changes: tuple[tuple[str, Any], ...] = ()
+    paper: Score | None = None
+    detector: str = VOTENET
+    teacher: str = ""
+
+    def cell(self, seed: int) -> Cell:
+        """The run with that seed."""
+        return Cell(self.width, seed, self.methods, self.changes, self.detector, self.teacher)
+
+
+def find_rows(tables: Mapping[int, tuple[str, list[Row]]], number: int) -> list[Row]:
+    """The lines of a table that are trained.
+
+    Args:
+      tables: title and lines by number.
+      number: of the table.
+
+    Raises:
+      ValueError: for a table that is not there.
+    """
+    if number not in tables:
+        raise ValueError(f"no table {number}; there are {', '.join(map(str, tables))}")
+    return tables[number][1]
+
+
+def read_records(row: Row, study: Study, seeds: int) -> dict[int, dict]:
+    """The records of a line's runs that are done, by seed."""
+    records = {seed: study.read(row.cell(seed)) for seed in range(seeds)}
+    return {seed: record for seed, record in records.items() if record is not None}
+
+
+def describe_runs(records: Iterable[dict]) -> list[str]:
+    """How the runs of a table were trained and on what, a line for each way."""
+    lines: dict[str, list[str]] = {}
+    environments = {}
+    for record in records:
+        config, environment = record["config"], record["environment"]
+        train, detector = config["train"], config["detector"]
+        proposals = f", {detector['num_proposals']} proposals" if "num_proposals" in detector else ""
+        text = (
+            f"{train['num_steps']:,} steps of {train['batch_size']} scenes, {config['dataset']['num_points']:,} points a "
+            f"scene{proposals}; score of the last step on {record['result']['num_scenes']} held-out scenes, in %."
+        )
+        lines.setdefault(text, []).append(detector["name"])
+        devices = ", ".join(sorted(set(environment["devices"])))
+        environments[f"{environment['platform']}, {devices}, jax {environment['jax']}"] = None
+    every = len(lines) == 1
+    runs = [
+        f"{'Each run' if every else ', '.join(sorted(set(names)))}: {text}" for text, names in lines.items()
+    ]
+    return [*runs, f"Ours: {'; '.join(environments)}."]
