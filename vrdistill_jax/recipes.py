@@ -52,6 +52,7 @@ VOTENET_SIZES = {
 THREE_DETR_SIZES = {
     "full": (1.0, 0, 0, 8, 20000),  # queries and tokens as published, by task
     "small": (0.5, 96, 768, 4, 4096),
+    "teacher": (1.0, 96, 512, 4, 4096),
     "tiny": (0.125, 16, 64, 2, 1024),
 }
 # Of TR3D and SR3D: voxel size in metres, channels of the stem and of the later stages, residual blocks, points of a cloud.
@@ -90,8 +91,9 @@ def votenet_config(task: Task, size: str = "full") -> ConfigDict:
 def groupfree3d_config(task: Task, size: str = "full") -> ConfigDict:
     """Group-Free-3D (L6, O256 at full size) on a task; sizes as in `votenet_config`.
 
-    Source of the recipe: Group-Free-3D, README. The decoder (its layers, projections and position embeddings) learns more slowly
-    than backbone and heads: ten times where boxes are axis-aligned (ScanNet), twenty times where they are turned (SUN RGB-D).
+    Source of the recipe: Group-Free-3D, README. The decoder (its layers, projections and position embeddings) learns more
+    slowly than backbone and heads: ten times where boxes are axis-aligned (ScanNet), twenty times where they are turned (SUN
+    RGB-D).
     """
     width, num_proposals, levels, num_points = _find_size(size, VOTENET_SIZES)
     detector = groupfree3d.default_config(task.class_names, task.mean_sizes, task.oriented)
@@ -121,7 +123,7 @@ def h3dnet_config(task: Task, size: str = "full") -> ConfigDict:
 
 
 def three_detr_config(task: Task, size: str = "full", masked: bool = False) -> ConfigDict:
-    """3DETR (or 3DETR-m) on a task; sizes as in `votenet_config`, but without "teacher".
+    """3DETR (or 3DETR-m) on a task; sizes as in `votenet_config`.
 
     Source of the recipe: 3detr, main.py and its README. Differs: the cosine starts after the warm-up and ends at zero.
     """

@@ -4,6 +4,7 @@
     python -m vrdistill_jax.reproduce --table=1 --seeds=1 --rows=Student,VRDistill
     python -m vrdistill_jax.reproduce --table=3 --dataset=scannet --data_dir=datasets --budget=full
     python -m vrdistill_jax.reproduce --table=7 --render_only
+    python -m vrdistill_jax.reproduce --table=cross_family
     python -m vrdistill_jax.reproduce --figure=1
     python -m vrdistill_jax.reproduce --paper=sr3d --table=2
 
@@ -69,7 +70,9 @@ def figure_runs(number: int, study: Study) -> dict[str, pathlib.Path]:
 def define_flags() -> None:
     """Declares the verb's flags; not at import, because other verbs use the same names."""
     flags.DEFINE_enum("paper", "vrdistill", list(PAPERS), "Whose table or figure.")
-    flags.DEFINE_integer("table", None, "Number of the table in the paper.", 1)
+    flags.DEFINE_string(
+        "table", None, "Number of the table in the paper, or the name of one that is in none."
+    )
     flags.DEFINE_integer("figure", None, "Draw this figure instead (extra: figures).", 1)
     flags.DEFINE_list("scenes", None, "Rows of the validation split that a figure shows; default one or two.")
     flags.DEFINE_enum(
@@ -99,7 +102,8 @@ def main() -> int:
         pathlib.Path(options.results or f"results/{options.paper}"),
     )
     tables = PAPERS[options.paper]
-    dataset = options.dataset or tables.DATASETS_OF_TABLES.get(options.table, "synthrooms")
+    number = int(options.table) if (options.table or "").isdecimal() else options.table
+    dataset = options.dataset or tables.DATASETS_OF_TABLES.get(number, "synthrooms")
     study = Study(dataset, options.budget, workdir, results, options.data_dir)
     if options.figure is not None:
         scenes = [int(row) for row in options.scenes] if options.scenes else None
@@ -109,15 +113,16 @@ def main() -> int:
         ):
             print(f"written: {path}")
         return 0
-    rows = choose_rows(tables.table_rows(options.table), options.rows)
+    rows = choose_rows(tables.table_rows(number), options.rows)
     # Seed by seed, so that a stopped grid has whole rows of the first seeds.
     cells: list[Cell] = [row.cell(seed) for seed in range(options.seeds) for row in rows]
     for cell in cells:
         check_record(cell, study)
     command = shlex.join(["python", "-m", "vrdistill_jax.reproduce", *sys.argv[1:]])
     running = [] if options.render_only else run_cells(cells, study, command)
-    table = tables.make_table(options.table, study, options.seeds)
-    path = results / f"{study.dataset}_{study.budget}" / f"table{options.table}"
+    table = tables.make_table(number, study, options.seeds)
+    name = f"table{number}" if isinstance(number, int) else number
+    path = results / f"{study.dataset}_{study.budget}" / name
     write_table(table, path)
     print("\n" + as_text(table))
     print(f"\nWritten: {path}.json, .md, .txt")

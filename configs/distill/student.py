@@ -11,7 +11,7 @@ After the colon: METHOD[,WIDTH[,SIZE[,DATASET[,DETECTOR[,TEACHER]]]]].
            teacher was trained with
   DATASET  synthrooms (default), synthrooms_view, scannet or sunrgbd
   DETECTOR votenet (default) or another of recipes.DETECTOR_RECIPES
-  TEACHER  the teacher's detector; default the student's. Both must read the same input.
+  TEACHER  the teacher's detector; default the student's. It may be of another family and read other input (colour, voxels).
 Every knob of a method can be set: --config.distiller.methods.vrdistill.layers=2. docs/distillation.md lists them.
 """
 

@@ -57,7 +57,9 @@ OTHERS = [name for name in DISTILLERS if name not in ONE_BY_ONE]
 SLOW = {"h3dnet", "votenet"}
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FAMILIES])
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FAMILIES]
+)
 def teacher_dir(request, tmp_path_factory):
     return save_teacher(tmp_path_factory.mktemp(request.param), FAMILIES[request.param]())
 
@@ -93,7 +95,10 @@ def test_a_votenet_learns_from_it(teacher_dir, tmp_path):
         shares = sum(metrics[f"{name}/total"] for name in OTHERS)
         np.testing.assert_allclose(metrics["total"], metrics["detection"] + shares, rtol=1e-5)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
-        moved = [bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (after.params, state.params)), strict=True)]
+        moved = [
+            bool((a != b).any())
+            for a, b in zip(*map(jax.tree.leaves, (after.params, state.params)), strict=True)
+        ]
         assert sum(moved) > len(moved) / 2
         if batch is full:
             assert metrics["vrdistill/ref_start"] > 0  # the teacher's seeds know their objects
@@ -103,7 +108,9 @@ def test_methods_that_compare_proposals_one_by_one_say_what_differs(teacher_dir,
     for method in ONE_BY_ONE:
         config = distill_config(teacher_dir, (method,))
         teacher = load_teacher(config, tmp_path)
-        with pytest.raises(ValueError, match=rf"{method} compares proposals one by one .* These methods can: vrdistill, seed"):
+        with pytest.raises(
+            ValueError, match=rf"{method} compares proposals one by one .* These methods can: vrdistill, seed"
+        ):
             make_distillation(config, teacher, optax.constant_schedule(1e-3))
 
 

@@ -44,9 +44,7 @@ PARAMS = {"decoder_0": {"kernel": jnp.full(2, 2.0)}, "decoder_seed_position_0": 
 
 def test_a_group_learns_and_decays_at_its_own_rate():
     """As PyTorch's parameter groups do: everything that the optimiser makes of a gradient is scaled, clipping is not."""
-    config = ConfigDict(
-        dict(name="adamw", weight_decay=0.5, clip_norm=1.0, group_rates=dict(decoder=0.1))
-    )
+    config = ConfigDict(dict(name="adamw", weight_decay=0.5, clip_norm=1.0, group_rates=dict(decoder=0.1)))
     gradient = {"decoder_0": {"kernel": jnp.asarray([3.0, -4.0])},
                 "decoder_seed_position_0": {"bias": jnp.asarray([1.0, 1.0])},
                 "proposal_head": {"kernel": jnp.asarray([2.0, 2.0])}}  # fmt: skip

@@ -36,7 +36,9 @@ def test_what_the_teacher_reads_is_told_only_where_it_differs(teacher_dir):
     other = tiny_config(**{"detector.levels": levels}).detector
     assert teacher_input(student, other) == InputConfig(("height",), votenet.pyramid_config(other))
     colored = tiny_config(**{"detector.input_features": ("color", "height")}).detector
-    assert teacher_input(student, colored) == InputConfig(("color", "height"), votenet.pyramid_config(student))
+    assert teacher_input(student, colored) == InputConfig(
+        ("color", "height"), votenet.pyramid_config(student)
+    )
     family = tiny_three_detr_config().detector
     assert teacher_input(student, family) == InputConfig((), three_detr.pyramid_config(family))
     with pytest.raises(ValueError, match="need the same classes"):
@@ -94,5 +96,3 @@ def test_hash_sees_names_shapes_and_values():
         {"a": np.zeros(4, np.float32), "b": np.float32([1, 2])},
     ):
         assert hash_weights({"params": other}) != hash_weights(weights)
-
-

@@ -19,7 +19,6 @@ from vrdistill_jax.structs import (
     AnyPyramidConfig,
     InputConfig,
     NetworkInput,
-    Scene,
     VoxelPyramidConfig,
 )
 

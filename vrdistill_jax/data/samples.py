@@ -117,7 +117,12 @@ def select_features(points: Points, names: tuple[str, ...], wanted: tuple[str, .
 
 
 def labelled_scene(
-    sample: dict, index: int, config: Any, rng: np.random.Generator, train: bool, features: tuple | None = None
+    sample: dict,
+    index: int,
+    config: Any,
+    rng: np.random.Generator,
+    train: bool,
+    features: tuple | None = None,
 ) -> Scene:
     """Augments, subsamples and pads one stored scene.
 

@@ -7,8 +7,8 @@ sizes are exponentials, a turned box has eight numbers.
 Taps (no point of this network votes):
   "level0", "level1": what the head reads, at the anchors.
   "seeds": the same of both levels, in the middle of the voxels.
-  "clusters" and "proposals": the predicted centres of the TAP_CLUSTERS surest anchors, with what the head reads there: an anchor
-    and a regressed offset, as a vote is. The seed of each is the point of the cloud that is nearest to its voxel.
+  "clusters" and "proposals": the predicted centres of the TAP_CLUSTERS surest anchors, with what the head reads there: an
+    anchor and a regressed offset, as a vote is. The seed of each is the point of the cloud that is nearest to its voxel.
 
 The same network with another assigner and classification loss is SR3D (`detectors.sr3d`).
 """
@@ -174,9 +174,7 @@ class TR3D(nn.Module):
         }
         predictions = predictions_from_head(head)
         stride = jnp.asarray(STRIDES, jnp.float32)[head.level] * self.voxel_size
-        seeds = PointSet(
-            head.points + stride[:, None] / 2, joined, head.mask, jnp.full(head.mask.shape, -1)
-        )
+        seeds = PointSet(head.points + stride[:, None] / 2, joined, head.mask, jnp.full(head.mask.shape, -1))
         taps["seeds"], taps["clusters"] = seeds, surest_anchors(seeds, predictions, points)
         taps["proposals"] = taps["clusters"]
         return DetectorOutput(predictions, taps, TR3DRaw(head, backbone, neck))

@@ -17,7 +17,6 @@ from vrdistill_jax.losses.box import nearest, squared_distances
 from vrdistill_jax.nn.mlp import Dense
 from vrdistill_jax.structs import DetectorOutput, PointSet, Scene
 
-
 LARGE = 2**21  # pairs of points per scene above which distances are computed a block of points at a time
 
 
@@ -77,8 +76,8 @@ def gather_points(points: PointSet, index: Int[Array, "b m"]) -> PointSet:
 def pair_points(student: DetectorOutput, teacher: DetectorOutput, scene: Scene, tap: str) -> PointPairs:
     """Pairs the points of a tap of both networks.
 
-    Rows that go back to the same points of the cloud, in the same order, are paired as they are. Otherwise each student point has
-    the nearest of the teacher's; several may share one.
+    Rows that go back to the same points of the cloud, in the same order, are paired as they are. Otherwise each student point
+    has the nearest of the teacher's; several may share one.
 
     Args:
       student: the student's output.

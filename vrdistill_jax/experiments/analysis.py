@@ -90,9 +90,7 @@ class Run:
             found = detector.decode(output, scene.points, config.detector, PREDICT)
             votes, taught = {"student": votes_of(output)}, None
             if teacher is not None:
-                of_teacher: Any = teacher.model.apply(
-                    teacher_variables, *batch.teacher_input, train=False
-                )
+                of_teacher: Any = teacher.model.apply(teacher_variables, *batch.teacher_input, train=False)
                 decode = find_detector(teacher.config.name).decode
                 taught = decode(of_teacher, scene.points, teacher.config, PREDICT)
                 votes["teacher"] = votes_of(of_teacher)

@@ -119,7 +119,9 @@ def look_at_scene(run: Run, source: Any, row: int) -> SceneOutputs:
     prepared = PreparedScenes(source, run.config, pyramid, False, reads).prepare(row)
     batch = Batch(*stack_scenes([prepared], pyramid, reads))
     found, _, votes, _ = run.measure(batch)
-    return SceneOutputs(batch.scene, found, {name: points for name, points in votes.items() if points is not None})
+    return SceneOutputs(
+        batch.scene, found, {name: points for name, points in votes.items() if points is not None}
+    )
 
 
 def refined_votes(seen: SceneOutputs, on_objects: bool) -> list[PointLayer]:

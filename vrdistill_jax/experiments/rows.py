@@ -25,18 +25,18 @@ class Row(NamedTuple):
         return Cell(self.width, seed, self.methods, self.changes, self.detector, self.teacher)
 
 
-def find_rows(tables: Mapping[int, tuple[str, list[Row]]], number: int) -> list[Row]:
+def find_rows(tables: Mapping[Any, tuple[str, list[Row]]], number: int | str) -> list[Row]:
     """The lines of a table that are trained.
 
     Args:
-      tables: title and lines by number.
-      number: of the table.
+      tables: title and lines by number, or by name where they are in no paper.
+      number: or name of the table.
 
     Raises:
       ValueError: for a table that is not there.
     """
     if number not in tables:
-        raise ValueError(f"no table {number}; there are {', '.join(map(str, tables))}")
+        raise ValueError(f"no table {number}; there are {', '.join(sorted(map(str, tables)))}")
     return tables[number][1]
 
 

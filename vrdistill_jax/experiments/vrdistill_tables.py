@@ -1,11 +1,13 @@
 """The tables of VRDistill as grids of cells, beside the paper's numbers.
 
 Source of the numbers: "VRDistill: Vote Refinement Distillation for Efficient Indoor 3D Object Detection" (2024), tables 1, 2,
-3, 6, 7, 8 and 9 (mAP in %). Table 6's counter of PGD is illegible and follows from the row's mean.
+3, 6, 7, 8 and 9 (mAP in %); tables 4 and 5 are in family_tables.py. Table 6's counter of PGD is illegible and follows from
+the row's mean.
 """
 
 from typing import Any
 
+from vrdistill_jax.experiments import family_tables
 from vrdistill_jax.experiments.cost import cost_table
 from vrdistill_jax.experiments.grid import TEACHER, Study
 from vrdistill_jax.experiments.rendering import Table, mean_and_std, percent
@@ -21,7 +23,10 @@ METHOD_NAMES = {
     "sparsekd": "SparseKD",
     "vrdistill": "VRDistill",
 }
-DATASETS_OF_TABLES = {2: "synthrooms_view"}  # where no dataset is named; the others: synthrooms
+DATASETS_OF_TABLES = {
+    2: "synthrooms_view",
+    5: "synthrooms_view",
+}  # where no dataset is named; the others: synthrooms
 WIDTH_NAMES = {TEACHER: "1", "half": "1/2", "quarter": "1/4"}
 
 PAPER_TEACHERS: dict[int, Score] = {1: (58.1, 33.4), 2: (57.9, 35.7)}
@@ -117,7 +122,7 @@ def _ablation(*lines: tuple[str, dict[str, Any], Score | None]) -> list[Row]:
 
 
 # Entries that say what is the default anyway are left out, so that tables share the run.
-TABLES: dict[int, tuple[str, list[Row]]] = {
+TABLES: dict[int | str, tuple[str, list[Row]]] = family_tables.TABLES | {
     1: ("Table 1: distillation methods, 18 classes, axis-aligned boxes", _compared_methods(1)),
     2: ("Table 2: distillation methods, 10 classes, turned boxes", _compared_methods(2)),
     3: (
@@ -163,7 +168,7 @@ TABLES: dict[int, tuple[str, list[Row]]] = {
 }
 
 
-def table_rows(number: int) -> list[Row]:
+def table_rows(number: int | str) -> list[Row]:
     """The lines of a table that are trained; none for table 8.
 
     Raises:
@@ -172,14 +177,14 @@ def table_rows(number: int) -> list[Row]:
     return find_rows(TABLES, number)
 
 
-def make_table(number: int, study: Study, seeds: int) -> Table:
+def make_table(number: int | str, study: Study, seeds: int) -> Table:
     """A table of all cells that have been run."""
     if number == 8:
         return cost_table(study)
     return _class_table(study, seeds) if number == 6 else _score_table(number, study, seeds)
 
 
-def _score_table(number: int, study: Study, seeds: int) -> Table:
+def _score_table(number: int | str, study: Study, seeds: int) -> Table:
     title, rows = TABLES[number]
     records = {row: read_records(row, study, seeds) for row in rows}
     alone = {
@@ -206,9 +211,10 @@ def _score_table(number: int, study: Study, seeds: int) -> Table:
     columns = ["model", "width", "seeds"]
     for metric in METRICS:
         columns += [metric, "gain", "paper"]
-    return Table(
-        f"{title} ({study.dataset}, budget {study.budget})", columns, lines, _notes(records, study), data
-    )
+    notes = _notes(records, study)
+    if number in family_tables.REMARKS:
+        notes.append(family_tables.REMARKS[number])
+    return Table(f"{title} ({study.dataset}, budget {study.budget})", columns, lines, notes, data)
 
 
 def _class_table(study: Study, seeds: int) -> Table:

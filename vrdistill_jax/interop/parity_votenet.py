@@ -203,8 +203,8 @@ def count_points(golden: dict, output: DetectorOutput, points: Points) -> tuple[
       points: the clouds.
 
     Returns:
-      (i64[B, Q] the reference's count if it lies within the bounds, else ours; bool[B, Q] where it does not). Boxes of which the
-      reference could not make a hull have our count.
+      (i64[B, Q] the reference's count if it lies within the bounds, else ours; bool[B, Q] where it does not). Boxes of which
+      the reference could not make a hull have our count.
     """
     center, size, yaw = output.predictions.center, output.predictions.size, output.predictions.yaw
     slack = HEAD * np.abs(corners_from_boxes(join_boxes(center, size, yaw))).max()

@@ -156,5 +156,3 @@ def _recall_scores(config: Any, path: pathlib.Path) -> None:
     before = json.loads(path.read_text()).get("teacher", {}) if path.exists() else {}
     if before.get("weights_sha256") == config.teacher.weights_sha256:
         record_teacher_scores(config, {name: before[entry] for entry, name in TEACHER_SCORES.items()})
-
-

@@ -1,0 +1,62 @@
+"""VRDistill's tables of detectors other than VoteNet, and one of teachers and students of different families.
+
+Source of the numbers: "VRDistill: Vote Refinement Distillation for Efficient Indoor 3D Object Detection" (2024), tables 4 and 5
+(mAP in %). The last table is in no paper.
+"""
+
+from vrdistill_jax.experiments.grid import TEACHER
+from vrdistill_jax.experiments.rows import Row, Score
+
+FAMILIES = {"groupfree3d": "Group-Free-3D", "h3dnet": "H3DNet", "3detr": "3DETR"}
+# By table and detector: teacher; student and VRDistill at half width; the same at a quarter.
+PAPER: dict[int, dict[str, tuple[Score, ...]]] = {
+    4: {
+        "groupfree3d": ((66.7, 48.4), (52.5, 31.5), (57.0, 34.7), (46.4, 25.7), (51.8, 31.0)),
+        "h3dnet": ((66.3, 48.3), (62.0, 41.0), (64.4, 46.6), (57.8, 35.1), (58.3, 38.2)),
+        "3detr": ((60.6, 42.1), (58.9, 35.4), (60.9, 37.5), (50.4, 21.8), (55.8, 26.9)),
+    },
+    5: {
+        "groupfree3d": ((60.4, 43.3), (58.3, 38.8), (60.1, 41.0), (56.1, 34.1), (57.1, 37.1)),
+        "h3dnet": ((58.0, 30.3), (54.9, 25.3), (56.2, 28.8), (50.3, 22.6), (51.4, 25.2)),
+        "3detr": ((60.1, 39.0), (50.5, 23.2), (52.8, 26.9), (43.0, 15.5), (48.7, 18.4)),
+    },
+}
+# What a reader must know of the paper's numbers.
+REMARKS = {
+    5: "The paper's teachers of H3DNet and 3DETR are probably swapped: 58.0 / 30.3 is what 3DETR's authors published for it, and "
+    "60.1 / 39.0 what is published for H3DNet."
+}
+CROSS_FAMILY = "cross_family"
+TEACHERS = {"votenet": "VoteNet"} | FAMILIES | {"tr3d": "TR3D"}
+
+
+def family_rows(number: int) -> list[Row]:
+    """The lines of table 4 or 5: each detector as teacher, and at 1/2 and 1/4 width alone and with VRDistill."""
+    rows = []
+    for detector, name in FAMILIES.items():
+        teacher, *scores = PAPER[number][detector]
+        rows.append(Row(f"{name}: teacher", TEACHER, paper=teacher, detector=detector))
+        for width in ("half", "quarter"):
+            for label, methods in (("student", ()), ("VRDistill", ("vrdistill",))):
+                rows.append(Row(f"{name}: {label}", width, methods, (), scores.pop(0), detector))
+    return rows
+
+
+def cross_family_rows() -> list[Row]:
+    """The same narrow VoteNet, alone and taught by detectors of several families; before that, the teachers' own scores."""
+    rows = [Row(f"{name}: teacher", TEACHER, detector=teacher) for teacher, name in TEACHERS.items()]
+    rows.append(Row("VoteNet: student", "quarter"))
+    for teacher, name in TEACHERS.items():
+        of_another = "" if teacher == "votenet" else teacher
+        rows.append(Row(f"VoteNet from {name}", "quarter", ("vrdistill",), teacher=of_another))
+    return rows
+
+
+TABLES: dict[int | str, tuple[str, list[Row]]] = {
+    4: ("Table 4: other detectors, 18 classes, axis-aligned boxes", family_rows(4)),
+    5: ("Table 5: other detectors, 10 classes, turned boxes", family_rows(5)),
+    CROSS_FAMILY: (
+        "Teachers of other families (in no paper): VoteNet at 1/4 width",
+        cross_family_rows(),
+    ),
+}
