@@ -2,7 +2,7 @@
 
 import pathlib
 
-import jax
+from h3dnet_scenes import random_variables
 from ml_collections import ConfigDict
 from scenes import make_batch, tiny_config
 
@@ -10,7 +10,6 @@ from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.distillers import find_distiller
 from vrdistill_jax.recipes import default_teacher_config
 from vrdistill_jax.training.checkpoint import save_inference_checkpoint
-from vrdistill_jax.training.state import init_variables
 
 
 def distill_config(teacher: str | pathlib.Path, methods, **changes) -> ConfigDict:
@@ -28,6 +27,5 @@ def save_teacher(folder: pathlib.Path, config: ConfigDict) -> pathlib.Path:
     """An untrained detector as a checkpoint."""
     batch = make_batch(config)
     model = find_detector(config.detector.name).build(config.detector)
-    variables = init_variables(model, jax.random.key(9), batch.scene.points, batch.pyramid)
-    save_inference_checkpoint(folder, variables, config)
+    save_inference_checkpoint(folder, random_variables(model, batch, seed=9), config)
     return folder

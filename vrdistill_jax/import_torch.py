@@ -148,7 +148,7 @@ def main() -> int:
     variables, config = import_checkpoint(options.detector, options.dataset, options.checkpoint)
     count, features = count_parameters(variables["params"]), ", ".join(config.detector.input_features)
     print(
-        f"{options.detector} on {options.dataset}: {count:,} parameters, width {config.detector.width:g}",
+        f"{config.detector.name} on {options.dataset}: {count:,} parameters, width {config.detector.width:g}",
         end="",
     )
     print(f", input features: {features or 'none'}")

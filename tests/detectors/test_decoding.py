@@ -73,3 +73,15 @@ def test_masked_points_do_not_fill_boxes_and_masked_candidates_do_not_suppress()
 def test_threshold_is_strict():
     config = PREDICT._replace(score_threshold=float(np.float32(0.6)))
     assert len(rows(select_detections(candidates(), cloud(), config))[0]) == 1
+
+
+def test_a_scene_of_empty_boxes_keeps_the_surest_if_asked_to():
+    away = Points(cloud().xyz + 50.0, *cloud()[1:])
+    assert len(rows(select_detections(candidates(), away, PREDICT))[0]) == 0
+    config = PREDICT._replace(keep_surest=True)
+    np.testing.assert_allclose(rows(select_detections(candidates(), away, config))[0][:, 0], [9.0])
+    masked = candidates(mask=np.array([[True, True, True, False]]))
+    np.testing.assert_allclose(rows(select_detections(masked, away, config))[0][:, 0], [0.0])
+    # Where any box holds points, nothing changes.
+    boxes = [rows(select_detections(candidates(), cloud(), c))[0] for c in (PREDICT, config)]
+    np.testing.assert_array_equal(*boxes)

@@ -118,6 +118,17 @@ def test_checkpoints_that_do_not_fit_say_what_differs(checkpoint, masked, messag
         variables_from_three_detr(checkpoint, "sunrgbd", masked)
 
 
+def test_either_kind_is_recognised():
+    """--detector=3detr takes both; --detector=3detr_m 3DETR-m only."""
+    for masked in (False, True):
+        state = make_state(10, 12, masked, **SMALL)
+        _, config = variables_from_three_detr(state, "sunrgbd")
+        assert config.detector.name == ("3detr_m" if masked else "3detr")
+    importer = find_importer("3detr_m")
+    with pytest.raises(ValueError, match="is of 3DETR; import it with --detector=3detr$"):
+        importer.from_torch(make_state(10, 12, False, **SMALL), "sunrgbd")
+
+
 def test_a_missing_tensor_is_named():
     state = make_state(10, 12, False, **SMALL)
     del state["pos_embedding.gauss_B"]

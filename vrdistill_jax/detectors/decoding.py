@@ -18,6 +18,7 @@ class DecodeConfig(NamedTuple):
       class_aware: whether only boxes of the same class suppress each other.
       score_threshold: objectness must exceed it.
       min_points: boxes that hold fewer points of the cloud are dropped; 0 keeps all.
+      keep_surest: whether a scene of which every box is dropped for that keeps the one of highest objectness, as 3DETR does.
       overlap: what overlap means, as in geometry.nms: "aligned" bounds in 3D, as published numbers use, ....
       per_class: True emits every kept box once per class, scored objectness x class probability (evaluation);
         False emits it once, with its likeliest class, scored by objectness (prediction).
@@ -27,6 +28,7 @@ class DecodeConfig(NamedTuple):
     class_aware: bool = True
     score_threshold: float = 0.05
     min_points: int = 5
+    keep_surest: bool = False
     overlap: str = "aligned"
     per_class: bool = True
 
@@ -46,6 +48,10 @@ def keep_predictions(predictions: Predictions, points: Points, config: DecodeCon
         valid = p.mask
         if config.min_points > 0:
             valid &= count_points_in_boxes(xyz, boxes, mask) >= config.min_points
+        if config.keep_surest:
+            objectness = jnp.where(p.mask, p.objectness, -1.0)
+            surest = p.mask & (jnp.arange(len(objectness)) == jnp.argmax(objectness))
+            valid = jnp.where(jnp.any(valid), valid, surest)
         groups = label if config.class_aware else None
         kept = nms(boxes, p.objectness, valid, groups, threshold=config.nms_iou, overlap=config.overlap)
         return kept.mask & (p.objectness > config.score_threshold)

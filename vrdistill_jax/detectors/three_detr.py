@@ -488,7 +488,8 @@ def decode(
       Detections sorted by falling score.
 
     Source: 3DETR, utils/ap_calculator.py.
-    Differs: of a scene whose boxes are all empty the reference keeps the surest one; here none is left.
+    Differs: of a scene whose boxes are all empty the reference keeps the surest one; here none is left, unless
+      decode_config.keep_surest is set.
     """
     predictions, decode_config = output.predictions, decode_config or DecodeConfig()
     if decode_config.per_class:

@@ -23,8 +23,8 @@ PAPER: dict[int, dict[str, tuple[Score, ...]]] = {
 }
 # What a reader must know of the paper's numbers.
 REMARKS = {
-    5: "The paper's teachers of H3DNet and 3DETR are probably swapped: 58.0 / 30.3 is what 3DETR's authors published for it, and "
-    "60.1 / 39.0 what is published for H3DNet."
+    5: "The paper's teachers of H3DNet and 3DETR are probably swapped: 58.0 / 30.3 is what 3DETR's authors published for it, "
+    "and 60.1 / 39.0 what is published for H3DNet."
 }
 CROSS_FAMILY = "cross_family"
 TEACHERS = {"votenet": "VoteNet"} | FAMILIES | {"tr3d": "TR3D"}

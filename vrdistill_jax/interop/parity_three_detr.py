@@ -42,7 +42,7 @@ _LOSSES = {
     "loss_giou": "giou",
     "loss_cardinality": "cardinality_error",
 }
-_PARSING = {"exact_eval": DecodeConfig(), "fast_eval": DecodeConfig(min_points=0)}
+_PARSING = {"exact_eval": DecodeConfig(keep_surest=True), "fast_eval": DecodeConfig(min_points=0)}
 
 
 def check_three_detr(

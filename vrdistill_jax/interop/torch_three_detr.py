@@ -129,17 +129,17 @@ def official_rules(masked: bool, encoder_layers: int = 3, decoder_layers: int = 
 
 
 def variables_from_three_detr(
-    checkpoint: Any, dataset: str, masked: bool = False
+    checkpoint: Any, dataset: str, masked: bool | None = None
 ) -> tuple[Variables, ConfigDict]:
-    """Maps a 3DETR checkpoint and finds out which 3DETR it is.
+    """Maps a 3DETR or 3DETR-m checkpoint and finds out which it is.
 
-    Width, layers and input features are read off the shapes, the number of queries and the weights of loss and matching off
+    Kind, width, layers and input features are read off names and shapes, the number of queries and the weights of loss and matching off
     the training script's options, where the checkpoint has them (the published values where it does not).
 
     Args:
       checkpoint: what read_torch_file returned: a state_dict, or a container of the official training script.
       dataset: "scannet" or "sunrgbd", on which it was trained.
-      masked: 3DETR-m.
+      masked: True takes 3DETR-m only, False 3DETR only, None either.
 
     Returns:
       ({"params", "batch_stats"}, config).
@@ -147,18 +147,18 @@ def variables_from_three_detr(
     Raises:
       ValueError: if tensors are missing or unknown, or belong to another dataset or architecture.
     """
-    config = three_detr_config(dataset, masked)
     tensors = find_state_dict(checkpoint, CONTAINERS)
     downsamples = any(name.startswith("encoder.interim_downsampling.") for name in tensors)
-    if downsamples != masked:
+    if masked is not None and downsamples != masked:
         raise ValueError(
             f"the checkpoint is of 3DETR{'-m' if downsamples else ''}; "
             f"import it with --detector={'3detr_m' if downsamples else '3detr'}"
         )
+    config = three_detr_config(dataset, downsamples)
     detector = config.detector
     detector.encoder_layers = count_layers(tensors, "encoder.layers.")
     detector.decoder_layers = count_layers(tensors, "decoder.layers.")
-    rules = official_rules(masked, detector.encoder_layers, detector.decoder_layers)
+    rules = official_rules(downsamples, detector.encoder_layers, detector.decoder_layers)
     variables = map_tensors(tensors, rules)
     configure_from_shapes(variables, config)
     options = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
