@@ -1,8 +1,8 @@
 """Gradients behind a ReLU that two implementations of one network may take on different sides.
 
 Rounding decides whether an input of a ReLU that is almost 0 passes. Forwards nothing comes of it; backwards one entry of the
-gradient appears or vanishes, which can be a good part of a weight's gradient where few rows carry any. So a large difference need
-not be an error, but it must then be exactly the difference that this one row makes.
+gradient appears or vanishes, which can be a good part of a weight's gradient where few rows carry any. So a large difference
+need not be an error, but it must then be exactly the difference that this one row makes.
 """
 
 from typing import NamedTuple
@@ -34,9 +34,9 @@ def undo_flips(
 ) -> tuple[np.ndarray, list[Flip]]:
     """Our gradient of a layer's kernel with the ReLUs at 0 on the side where the other implementation has them.
 
-    If row q's gradient behind the ReLU of column j changes by c, batch norm turns that into a change of the kernel's column by a
-    multiple of d = x_q - mean(x) - z_q mean(z x), where x are the layer's inputs and z the normalised outputs of the column. The
-    multiple is fitted, the direction is not: whatever else a column differs in stays.
+    If row q's gradient behind the ReLU of column j changes, batch norm turns that into a change of the kernel's column by a
+    multiple of d = x_q - mean(x) - z_q mean(z x), where x are the layer's inputs and z the normalised outputs of the column.
+    The multiple is fitted, the direction is not: whatever else a column differs in stays.
 
     Args:
       ours: [I, O] gradient of the kernel.

@@ -133,8 +133,8 @@ def variables_from_three_detr(
 ) -> tuple[Variables, ConfigDict]:
     """Maps a 3DETR or 3DETR-m checkpoint and finds out which it is.
 
-    Kind, width, layers and input features are read off names and shapes, the number of queries and the weights of loss and matching off
-    the training script's options, where the checkpoint has them (the published values where it does not).
+    Kind, width, layers and input features are read off names and shapes, the number of queries and the weights of loss and
+    matching off the training script's options, where the checkpoint has them (the published values where it does not).
 
     Args:
       checkpoint: what read_torch_file returned: a state_dict, or a container of the official training script.
