@@ -46,13 +46,14 @@ VOTENET_SIZES = {
     "small": (0.5, 128, ((1024, 0.2, 32), (512, 0.4, 16), (256, 0.8, 16), (128, 1.2, 16)), 8192),
     "tiny": (0.25, 32, ((128, 0.3, 8), (64, 0.6, 8), (32, 0.8, 8), (16, 1.2, 8)), 1024),
     "teacher": (1.0, 96, ((768, 0.2, 16), (384, 0.4, 16), (192, 0.8, 16), (96, 1.2, 16)), 4096),
+    "light": (0.5, 64, ((512, 0.2, 16), (256, 0.4, 16), (128, 0.8, 16), (64, 1.2, 16)), 4096),
 }
 
 # Of 3DETR: width, queries, tokens of the encoder, decoder layers, points of a cloud.
 THREE_DETR_SIZES = {
     "full": (1.0, 0, 0, 8, 20000),  # queries and tokens as published, by task
     "small": (0.5, 96, 768, 4, 4096),
-    "teacher": (1.0, 96, 512, 4, 4096),
+    "light": (0.5, 64, 384, 3, 4096),
     "tiny": (0.125, 16, 64, 2, 1024),
 }
 # Of TR3D and SR3D: voxel size in metres, channels of the stem and of the later stages, residual blocks, points of a cloud.
@@ -74,7 +75,8 @@ def votenet_config(task: Task, size: str = "full") -> ConfigDict:
     Args:
       task: classes and boxes.
       size: "full" is the published architecture; "small" trains in minutes on two CPU cores; "teacher" reads half as many
-        points at full width, for students to learn from (its size in docs/distillation.md); "tiny" is for tests.
+        points at full width, for students to learn from (its size in docs/distillation.md); "light" is the same for
+        detectors with more layers, at half of their width; "tiny" is for tests.
 
     Returns:
       A whole config; `dataset.name` is left for the caller to set.
@@ -99,7 +101,9 @@ def groupfree3d_config(task: Task, size: str = "full") -> ConfigDict:
     detector = groupfree3d.default_config(task.class_names, task.mean_sizes, task.oriented)
     detector.width, detector.num_proposals, detector.levels = width, num_proposals, levels
     if size != "full":
-        detector.decoder_layers = 3
+        detector.decoder_layers = 2 if size == "light" else 3
+    if size == "light":
+        detector.num_heads = 4  # of a quarter of this width as well
     config = _whole_config(detector, task, num_points, size)
     config.optimizer.learning_rate = 4e-3 if task.oriented else 6e-3
     config.optimizer.group_rates = ConfigDict({"decoder": 0.05 if task.oriented else 0.1})
@@ -123,7 +127,7 @@ def h3dnet_config(task: Task, size: str = "full") -> ConfigDict:
 
 
 def three_detr_config(task: Task, size: str = "full", masked: bool = False) -> ConfigDict:
-    """3DETR (or 3DETR-m) on a task; sizes as in `votenet_config`.
+    """3DETR (or 3DETR-m) on a task; sizes as in `votenet_config`, but without "teacher".
 
     Source of the recipe: 3detr, main.py and its README. Differs: the cosine starts after the warm-up and ends at zero.
     """
@@ -369,7 +373,7 @@ def synthrooms_config(size: str = "small", style: str = "scan", detector: str = 
     config.dataset.style = style
     config.dataset.num_train = 64 if size == "tiny" else 1200
     config.dataset.num_val = 16 if size == "tiny" else 312
-    small_rooms = size == "teacher" or (size == "small" and detector != "votenet")
+    small_rooms = size in ("teacher", "light") or (size == "small" and detector != "votenet")
     config.dataset.room_size = 0.0 if small_rooms else 1.0
     if size == "full":
         config.train.num_steps, config.train.eval_every, config.train.checkpoint_every = 27000, 1500, 1500
