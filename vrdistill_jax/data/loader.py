@@ -196,7 +196,7 @@ def stack_scenes(
     return stack_trees(list(zip(*parts, strict=True)))
 
 
-def _pad_pyramids(pyramids: Sequence[AnyPyramid], config: AnyPyramidConfig) -> Sequence[AnyPyramid]:
+def _pad_pyramids(pyramids: Sequence[Any], config: AnyPyramidConfig) -> Sequence[AnyPyramid]:
     return pad_voxel_pyramids(pyramids, config) if isinstance(config, VoxelPyramidConfig) else pyramids
 
 

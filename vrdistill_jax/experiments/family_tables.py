@@ -26,8 +26,8 @@ CROSS_FAMILY = "cross_family"
 REMARKS: dict[int | str, str] = {
     5: "The paper's teachers of H3DNet and 3DETR are probably swapped: 58.0 / 30.3 is what 3DETR's authors published for it, "
     "and 60.1 / 39.0 what is published for H3DNet.",
-    CROSS_FAMILY: "Every teacher sees the student's clouds while it teaches; with the small budget, TR3D has learned from larger "
-    "ones.",
+    CROSS_FAMILY: "Every teacher sees the student's clouds while it teaches; with the small budget, TR3D has learned from "
+    "larger ones.",
 }
 TEACHERS = {"votenet": "VoteNet"} | FAMILIES | {"tr3d": "TR3D"}
 

@@ -345,17 +345,17 @@ def _check_training(table, folder, losses, variables, detector, scene, pyramid) 
         table.add(f"{prefix}|grad {name}|", ours, norm, GRADIENT_NORM, scale=max(norm, 1e-3 * largest))
     if has_file(table, folder / "grads.npz"):
         for name, value in load_arrays(folder / "grads.npz").items():
-            ours, theirs, label = (
+            own, theirs, label = (
                 flat[by_name[name].ours],
                 by_name[name].convert(value),
                 f"{prefix}grad {name}",
             )
             if name in FLIPS:
                 layer = _layer_before_relu(name, by_name[name].ours, output, variables, detector)
-                ours, flips = undo_flips(ours, theirs, layer, FORWARD, GRADIENT)
+                own, flips = undo_flips(own, theirs, layer, FORWARD, GRADIENT)
                 label += "".join(f" (but for the ReLU of query {f.row}, channel {f.column})" for f in flips)
             in_backbone = name.startswith("backbone_net.")
-            table.add(label, ours, theirs, BACKBONE_GRADIENT if in_backbone else GRADIENT)
+            table.add(label, own, theirs, BACKBONE_GRADIENT if in_backbone else GRADIENT)
     if has_file(table, folder / "bn_after.npz"):
         after = flatten({"batch_stats": update_running(variables["batch_stats"], stats, NORM_MOMENTUM)})
         for name, value in load_arrays(folder / "bn_after.npz").items():
@@ -376,5 +376,5 @@ def _layer_before_relu(
         inputs = np.concatenate([raw.head.center[0], raw.head.size[0]], -1)
     flat, stem = flatten({"params": variables["params"]}), path.removesuffix("dense/kernel")
     parts = ("dense/kernel", "dense/bias", "norm/scale", "norm/bias")
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    return Layer(rows, *(np.asarray(flat[stem + part]) for part in parts), detector.norm_epsilon)
+    kernel, bias, scale, shift = (np.asarray(flat[stem + part]) for part in parts)
+    return Layer(inputs.reshape(-1, len(kernel)), kernel, bias, scale, shift, detector.norm_epsilon)

@@ -18,7 +18,7 @@ from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.distillers import DISTILLERS, find_distiller
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.norm import update_running
-from vrdistill_jax.structs import DetectorOutput
+from vrdistill_jax.structs import DetectorOutput, VoxelPyramidConfig
 from vrdistill_jax.training import teacher_guided
 from vrdistill_jax.training.optimizer import make_optimizer
 from vrdistill_jax.training.state import Batch, DistillerState, TrainState
@@ -69,6 +69,11 @@ def make_distillation(
     guided = config.distiller.get("teacher_guided") or teacher_guided.default_config()
     if not (config.distiller.methods or guided.initialize or guided.label):
         raise ValueError("config.distiller.methods is empty; name a method, or leave config.distiller out")
+    if guided.label and isinstance(input_config(teacher.config).pyramid, VoxelPyramidConfig):
+        raise ValueError(
+            f"teacher_guided.label compares all of a teacher's candidates pair by pair, of which {teacher.config.name} has one "
+            "per voxel; set config.distiller.teacher_guided.label=False"
+        )
     methods = {}
     for name, entry in config.distiller.methods.items():
         file = find_distiller(name)
