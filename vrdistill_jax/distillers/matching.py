@@ -22,7 +22,7 @@ class PointPairs(NamedTuple):
     student: Array  # f32[B, M, Cs]
     teacher: Array  # f32[B, M, Ct], no gradient
     xyz: Array  # f32[B, M, 3] metres, no gradient
-    seed_index: Array  # i32[B, M] rows of the cloud
+    seed_index: Array | None  # i32[B, M] rows of the cloud; None for voxels
     mask: Array  # bool[B, M]; False in padded scenes, too
 
 
@@ -55,7 +55,7 @@ def gather_points(points: PointSet, index: Int[Array, "b m"]) -> PointSet:
       A PointSet of M points.
     """
     rows = jnp.maximum(index, 0)
-    taken = PointSet(*(gather_rows(field, rows) for field in points))
+    taken = PointSet(*(None if field is None else gather_rows(field, rows) for field in points))
     return taken._replace(mask=taken.mask & (index >= 0))
 
 

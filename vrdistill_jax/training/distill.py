@@ -219,6 +219,8 @@ def init_distillers(
         scene, pyramid = batch
         taught = distillation.teacher.model.apply(teacher_variables, scene.points, pyramid, train=False)
         output = student.apply(variables, scene.points, pyramid, train=False)
+        taught = choose_proposals(distillation.teacher.model, teacher_variables, taught, taught)
+        output = choose_proposals(student, variables, output, taught)
         params = {}
         for n, (name, method) in enumerate(distillation.methods.items()):
             aligned = None
@@ -233,6 +235,28 @@ def init_distillers(
 
     params = init(key, variables, distillation.teacher.variables, batch)
     return DistillerState(params, distillation.optimizer.init(params))
+
+
+def choose_proposals(model: nn.Module, variables: dict, output: Any, like: Any) -> Any:
+    """What distillers read of a network that predicts at every anchor: the anchors where `like` is most certain.
+
+    Args:
+      model: of
+      output: whose proposals are chosen; an output that has proposals is returned as it is.
+      variables: of the model.
+      like: the teacher's output, so that student and teacher are compared at the same anchors.
+
+    Raises:
+      ValueError: if teacher and student have different anchors.
+    """
+    if "proposals" in output.taps or not hasattr(model, "propose_like"):
+        return output
+    if type(output.raw) is not type(like.raw):
+        raise ValueError(
+            "a student that predicts at every anchor learns from a teacher with the same anchors; this teacher is of "
+            "another kind"
+        )
+    return model.apply(variables, output, like, train=False, method="propose_like")
 
 
 def _at_clusters_of(
@@ -284,6 +308,7 @@ def make_distill_step(
         key = jax.random.fold_in(key, state.step)
         scene, pyramid = batch
         taught: Any = teacher.model.apply(teacher_variables, scene.points, pyramid, train=False)
+        taught = choose_proposals(teacher.model, teacher_variables, taught, taught)
         taught = jax.lax.stop_gradient(taught)
         # The detection loss alone sees the teacher's labels; the methods see the ground truth.
         labelled, counts = scene, {}
@@ -311,6 +336,7 @@ def make_distill_step(
             )
             detection, terms = loss(output, labelled, config, axis_name)
             total, terms = detection, terms | counts | {"detection": detection}
+            output = choose_proposals(model, variables, output, taught)
             aligned = _at_clusters_of(model, variables, output, taught, train=True) if needs_aligned else None
             for n, (name, method) in enumerate(methods.items()):
                 value, parts = method.module.apply(
