@@ -122,6 +122,19 @@ def tiny_three_detr_config(masked: bool = False, **changes):
     return config
 
 
+def tiny_sparse_config(name: str = "tr3d", **changes) -> ConfigDict:
+    """A whole config with a very small TR3D or SR3D; `changes` set dotted keys."""
+    config = tiny_config()
+    old = config.detector
+    config.detector = find_detector(name).default_config(old.class_names, old.mean_sizes, False)
+    config.detector.update(
+        width=1 / 16, voxel_size=0.08, num_blocks=(1, 1, 1, 1),
+        capacities=((256, 256, 256, 192, 128, 96, 48, 384, 2560),),
+    )  # fmt: skip
+    config.update_from_flattened_dict(changes)
+    return config
+
+
 def make_batch(config: ConfigDict, seeds=(0, 1), num_boxes: int = 3, train: bool = False) -> Batch:
     """Prepared scenes, stacked."""
     pyramid = find_detector(config.detector.name).pyramid_config(config.detector)

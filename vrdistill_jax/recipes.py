@@ -171,6 +171,10 @@ def sparse_config(task: Task, size: str = "full", name: str = "sr3d") -> ConfigD
 SR3D_VARIANTS: dict[str, dict[str, str]] = {
     "sr3d": {},
     "tr3d": {},
+    "none": {
+        "assigner": "top_k",
+        "classification_loss": "focal",
+    },  # neither of SR3D's parts, but its augmentation
     "spota": {"classification_loss": "focal"},
     "ras": {"assigner": "top_k"},
     "ota": {"assigner": "ota"},

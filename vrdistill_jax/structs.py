@@ -101,7 +101,7 @@ class PointSet(NamedTuple):
     xyz: Array  # f32[B, M, 3]
     features: Array  # f32[B, M, C]
     mask: Array  # bool[B, M]
-    seed_index: Array  # i32[B, M] row of the input cloud that the point goes back to
+    seed_index: Array | None  # i32[B, M] row of the input cloud that the point goes back to; None for voxels
 
 
 class Predictions(NamedTuple):
@@ -119,7 +119,8 @@ class DetectorOutput(NamedTuple):
     """A detector's forward pass.
 
     Common taps: "seeds" (what the backbone puts out), "votes", "clusters" (where candidates are, with the features that they
-    are made of), "proposals" (the same points with the features that the last layer of the head reads).
+    are made of), "proposals" (the same points with the features that the last layer of the head reads). A network that
+    predicts at every anchor offers the last two once `propose_like` has chosen the anchors.
     """
 
     predictions: Predictions

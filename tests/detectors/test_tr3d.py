@@ -117,7 +117,34 @@ def test_untrained_scores_are_low_and_anchors_lie_on_the_lattice(forward, variab
         assert len(steps) > 20
         np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
     assert output.taps["level0"].features.shape == (2, CAPACITIES[8], 16)
-    assert (np.asarray(output.taps["level1"].seed_index) == -1).all()
+    assert output.taps["level1"].seed_index is None
+
+
+def test_proposals_are_the_anchors_where_the_other_network_is_most_certain(forward, variables):
+    inputs = make_inputs(CONFIG)
+    output = forward(variables, inputs)
+    certain = np.where(output.predictions.mask, np.random.default_rng(0).random((2, sum(CAPACITIES[7:]))), -1)
+    other = output._replace(predictions=output.predictions._replace(objectness=certain.astype(np.float32)))
+    model = tr3d.build(CONFIG)
+    chosen = model.apply(variables, output, other, train=False, method="propose_like")
+    index = np.argsort(-certain, axis=1)[:, : tr3d.NUM_PROPOSALS]
+    np.testing.assert_array_equal(chosen.raw.proposal_index, index)
+    for row in (0, 1):
+        np.testing.assert_array_equal(
+            chosen.predictions.center[row], output.predictions.center[row][index[row]]
+        )
+        np.testing.assert_array_equal(
+            chosen.head["class"][row], output.raw.head.class_logits[row][index[row]]
+        )
+        np.testing.assert_array_equal(
+            chosen.taps["clusters"].xyz[row], output.raw.head.points[row][index[row]]
+        )
+    assert np.asarray(chosen.taps["proposals"].mask).all()
+    np.testing.assert_allclose(np.exp(chosen.head["size"]), chosen.predictions.size, rtol=1e-5)
+    # What has been chosen stays, and is what another network is read at.
+    again = model.apply(variables, output, chosen, train=False, method="propose_like")
+    np.testing.assert_array_equal(again.raw.proposal_index, index)
+    assert model.apply(variables, chosen, other, train=False, method="propose_like") is chosen
 
 
 def test_rows_do_not_influence_each_other(forward, variables):

@@ -7,6 +7,7 @@ A detector is a module with
   decode(output, points, config) -> Detections
 where `config` is `config.detector`. A network whose proposals can be compared one by one with another's has a method
   propose_like(output, other, train=...) -> DetectorOutput   the proposals of `output`'s network where `other` has its own
+A dense network (TR3D, SR3D) predicts at every anchor and has no proposals until propose_like(output, output) chooses its best.
 """
 
 from types import ModuleType

@@ -4,12 +4,6 @@ Source: Rukhovich et al., "TR3D: Towards Real-Time Indoor 3D Object Detection" (
 mmdetection3d (projects/TR3D). Inside, the reference's parametrisation is kept: an anchor is the lower corner of its voxel,
 sizes are exponentials, a turned box has eight numbers.
 
-Taps (no point of this network votes):
-  "level0", "level1": what the head reads, at the anchors.
-  "seeds": the same of both levels, in the middle of the voxels.
-  "clusters" and "proposals": the predicted centres of the TAP_CLUSTERS surest anchors, with what the head reads there: an
-    anchor and a regressed offset, as a vote is. The seed of each is the point of the cloud that is nearest to its voxel.
-
 The same network with another assigner and classification loss is SR3D (`detectors.sr3d`).
 """
 
@@ -33,7 +27,6 @@ from vrdistill_jax.geometry.boxes import join_boxes
 from vrdistill_jax.geometry.host.voxel_pyramid import make_capacities
 from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.geometry.iou import box_iou
-from vrdistill_jax.geometry.neighbors import map_blocks
 from vrdistill_jax.losses import ranking
 from vrdistill_jax.losses.box import diou_loss
 from vrdistill_jax.losses.classification import (
@@ -47,6 +40,7 @@ from vrdistill_jax.nn.mlp import Dense, scale_size
 from vrdistill_jax.nn.norm import MaskedBatchNorm, NormFactory
 from vrdistill_jax.nn.sparse_conv import voxel_features
 from vrdistill_jax.nn.sparse_resnet import (
+    FIRST_STAGE,
     BackboneOutput,
     SparseResNet,
     TR3DNeck,
@@ -74,7 +68,8 @@ LARGEST_SCENES = {
 }
 NUM_RUNGS = 9
 PRIOR = 0.01  # class probability of an untrained network
-TAP_CLUSTERS = 256  # as many as a point network proposes
+NUM_PROPOSALS = 256  # anchors that distillers compare, as many as VoteNet has clusters
+SEED_STAGE = 2  # of the backbone: stride 32, where a room has about as many voxels as VoteNet has seeds
 LARGE_DIAGONAL = 1.14  # metres seen from above: classes of larger objects belong to the coarse level
 CLASSIFICATION_LOSSES = ("focal", "qfl", "vfl", "ras")
 
@@ -97,6 +92,7 @@ class TR3DRaw(NamedTuple):
     head: HeadOutput
     backbone: BackboneOutput
     neck: tuple[VoxelFeatures, VoxelFeatures]  # what the head reads, fine to coarse
+    proposal_index: Array | None = None  # i32[B, Q] anchors that `propose_like` chose; None: all of them
 
 
 class ClassHead(Dense):
@@ -150,7 +146,9 @@ class TR3D(nn.Module):
           train: batch statistics (written to `batch_stats`) or running ones.
 
         Returns:
-          DetectorOutput with the taps that the file's docstring describes and a TR3DRaw.
+          DetectorOutput of all anchors, fine level first, with a TR3DRaw and taps whose points are voxels, not rows of the
+          cloud: "level0" and "level1" (what the head reads), "seeds" (the backbone's voxels of stride 32). `head` holds
+          what is said of each anchor: offset of the centre, logarithms of the sizes, class logits.
         """
         features = voxel_features(points.features, pyramid, self.voxel_reduction)
         backbone = self.backbone(features, pyramid, train=train)
@@ -158,7 +156,8 @@ class TR3D(nn.Module):
         xyz = [level.coords.astype(jnp.float32) * self.voxel_size for level in neck]
         joined = jnp.concatenate([level.features for level in neck], 1)
         channels = self.box_head(joined)
-        channels = jnp.concatenate([channels[..., :3], jnp.exp(channels[..., 3:6]), channels[..., 6:]], -1)
+        log_sizes = channels[..., 3:6]
+        channels = jnp.concatenate([channels[..., :3], jnp.exp(log_sizes), channels[..., 6:]], -1)
         head = HeadOutput(
             points=jnp.concatenate(xyz, 1),
             box_channels=channels,
@@ -169,32 +168,44 @@ class TR3D(nn.Module):
             ),
         )
         taps = {
-            f"level{n}": PointSet(at, level.features, level.mask, jnp.full(level.mask.shape, -1))
+            f"level{n}": PointSet(at, level.features, level.mask, None)
             for n, (at, level) in enumerate(zip(xyz, neck, strict=True))
         }
-        predictions = predictions_from_head(head)
-        stride = jnp.asarray(STRIDES, jnp.float32)[head.level] * self.voxel_size
-        seeds = PointSet(head.points + stride[:, None] / 2, joined, head.mask, jnp.full(head.mask.shape, -1))
-        taps["seeds"], taps["clusters"] = seeds, surest_anchors(seeds, predictions, points)
-        taps["proposals"] = taps["clusters"]
-        return DetectorOutput(predictions, taps, TR3DRaw(head, backbone, neck))
+        coarse = pyramid.levels[FIRST_STAGE + SEED_STAGE]
+        seeds = coarse.coords.astype(jnp.float32) * self.voxel_size
+        taps["seeds"] = PointSet(seeds, backbone.stages[SEED_STAGE], coarse.mask, None)
+        groups = {"center": channels[..., :3], "size": log_sizes, "class": head.class_logits}
+        return DetectorOutput(predictions_from_head(head), taps, TR3DRaw(head, backbone, neck), groups)
 
+    def propose_like(self, output: DetectorOutput, other: DetectorOutput, *, train: bool) -> DetectorOutput:
+        """`output` at a few anchors alone: where `other`, of the same clouds, is most certain of an object.
 
-def surest_anchors(seeds: PointSet, predictions: Predictions, points: Points) -> PointSet:
-    """The tap "clusters": the anchors with the highest objectness, or all where there are fewer."""
-    score = jnp.where(predictions.mask, jax.lax.stop_gradient(predictions.objectness), -1.0)
-    _, index = jax.lax.top_k(score, min(TAP_CLUSTERS, score.shape[1]))
-    chosen = PointSet(*(gather_rows(field, index) for field in seeds))
+        Args:
+          output: of this network.
+          other: of a network with the same anchors; `output` itself for its own best ones.
+          train: not used.
 
-    def nearest_point(xyz, cloud, mask):
-        def search(at):
-            distance = jnp.where(mask, jnp.sum(jnp.square(cloud - at), -1), jnp.inf)
-            return jnp.argmin(distance).astype(jnp.int32)
-
-        return map_blocks(search, xyz)
-
-    at = jax.vmap(nearest_point)(chosen.xyz, points.xyz, points.mask)
-    return chosen._replace(xyz=gather_rows(predictions.center, index), seed_index=at)
+        Returns:
+          The output with predictions, head and the taps "clusters" and "proposals" (both: anchors with the features that
+          the head reads) of NUM_PROPOSALS anchors, or all if there are fewer. What has been chosen already stays.
+        """
+        del train
+        if output.raw.proposal_index is not None:
+            return output
+        index = other.raw.proposal_index
+        if index is None:
+            certain = jnp.where(other.predictions.mask, other.predictions.objectness, -1.0)
+            index = jax.lax.top_k(certain, min(NUM_PROPOSALS, certain.shape[1]))[1]
+        pick = partial(gather_rows, index=jax.lax.stop_gradient(index))
+        features = jnp.concatenate([level.features for level in output.raw.neck], 1)
+        mask = pick(output.predictions.mask)
+        chosen = PointSet(pick(output.raw.head.points), pick(features), mask, None)
+        return DetectorOutput(
+            Predictions(*map(pick, output.predictions)),
+            output.taps | {"clusters": chosen, "proposals": chosen},
+            output.raw._replace(proposal_index=index),
+            {name: pick(group) for name, group in (output.head or {}).items()},
+        )
 
 
 def label_levels(class_names, mean_sizes, oriented: bool) -> tuple[int, ...]:
@@ -319,13 +330,14 @@ def predictions_from_head(head: HeadOutput) -> Predictions:
     )
 
 
-def assign_targets(head: HeadOutput, scene: Scene, config: Any) -> Assignment:
+def assign_targets(head: HeadOutput, scene: Scene, config: Any, assigner: str = "") -> Assignment:
     """Which box each anchor is trained to find.
 
     Args:
       head: of the network.
       scene: with boxes.
       config: config.detector.
+      assigner: name of another one than the config's.
 
     Returns:
       The assignment, without gradients; masked anchors and the padding scenes of a batch have none.
@@ -338,9 +350,9 @@ def assign_targets(head: HeadOutput, scene: Scene, config: Any) -> Assignment:
         level=head.level,
         stride=jnp.asarray(STRIDES, jnp.float32)[head.level] * config.voxel_size,
     )
-    assign = find_assigner(config.assigner).assign
+    name = assigner or config.assigner
     task = Task(config.oriented, tuple(config.label_levels))
-    return assign(anchors, scene.boxes, config.assigners[config.assigner], task)
+    return find_assigner(name).assign(anchors, scene.boxes, config.assigners[name], task)
 
 
 def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | None = None):
@@ -355,8 +367,9 @@ def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | Non
     Returns:
       (scalar total, dict of scalar terms). total = class + box: the classification loss summed over anchors and classes and
       divided by the number of positives, and the mean DIoU loss of positives. Besides: "quality", the mean IoU of
-      positives; "aic", the mean |score - IoU| of positives (SR3D's average inconsistency coefficient); "positives" per box;
-      "missed", the share of boxes without any positive.
+      positives; "aic", the mean |score - IoU| of positives (SR3D's average inconsistency coefficient), and "aic_top_k", the
+      same of the anchors that TR3D's assigner would choose, so that methods with different assigners can be compared;
+      "positives" per box; "missed", the share of boxes without any positive.
 
     Raises:
       ValueError: if the scene has no boxes, or for an unknown assigner or classification loss.
@@ -392,9 +405,15 @@ def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | Non
         assignment.gt_index
     ).astype(jnp.float32)
     gap = ranking.score_quality_gap(head.class_logits, label, assignment.quality)
+    common = assign_targets(head, scene, config, "top_k")
+    common_label = jnp.where(
+        common.gt_index >= 0, gather_rows(boxes.label, jnp.maximum(common.gt_index, 0)), -1
+    )
+    common_gap = ranking.score_quality_gap(head.class_logits, common_label, common.quality)
     terms |= {
         "quality": mean(assignment.quality, positive),
         "aic": mean(gap, positive),
+        "aic_top_k": mean(common_gap, common.gt_index >= 0),
         "positives": mean(per_box, real),
         "missed": mean((per_box == 0).astype(jnp.float32), real),
     }

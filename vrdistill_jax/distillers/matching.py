@@ -26,7 +26,7 @@ class PointPairs(NamedTuple):
     student: Array  # f32[B, M, Cs]
     teacher: Array  # f32[B, M, Ct], no gradient
     xyz: Array  # f32[B, M, 3] metres, no gradient
-    seed_index: Array  # i32[B, M] rows of the cloud
+    seed_index: Array | None  # i32[B, M] rows of the cloud; None for voxels
     mask: Array  # bool[B, M]; False in padded scenes, too
 
 
@@ -69,7 +69,7 @@ def gather_points(points: PointSet, index: Int[Array, "b m"]) -> PointSet:
       A PointSet of M points.
     """
     rows = jnp.maximum(index, 0)
-    taken = PointSet(*(gather_rows(field, rows) for field in points))
+    taken = PointSet(*(None if field is None else gather_rows(field, rows) for field in points))
     return taken._replace(mask=taken.mask & (index >= 0))
 
 
@@ -114,9 +114,13 @@ def _in_order_of(student: PointSet, teacher: PointSet) -> PointSet:
         found = gather_points(teacher, index)
         return found._replace(xyz=jax.lax.stop_gradient(student.xyz), seed_index=student.seed_index)
 
-    if student.mask.shape != teacher.mask.shape:
+    of_voxels = [points.seed_index is None for points in (student, teacher)]
+    if student.mask.shape != teacher.mask.shape or of_voxels[0] != of_voxels[1]:
         return by_distance()
-    same = jnp.all(student.seed_index == teacher.seed_index)
+    if of_voxels[0]:
+        same = jnp.all(student.xyz == teacher.xyz)
+    else:
+        same = jnp.all(student.seed_index == teacher.seed_index)
     return jax.lax.cond(same, lambda: teacher, by_distance)
 
 

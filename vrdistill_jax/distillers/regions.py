@@ -57,7 +57,7 @@ def points_on_instances(
 
 def points_on_foreground(
     xyz: Float[Array, "b m 3"],
-    seed_index: Int[Array, "b m"],
+    seed_index: Int[Array, "b m"] | None,
     mask: Bool[Array, "b m"],
     scene: Scene,
     region: str = "boxes",
@@ -67,7 +67,7 @@ def points_on_foreground(
 
     Args:
       xyz: f32[B, M, 3] metres.
-      seed_index: i32[B, M] rows of the cloud.
+      seed_index: i32[B, M] rows of the cloud, or None where points are voxels.
       mask: bool[B, M] valid points.
       scene: with boxes, and with point_instance for region "instances".
       region: "boxes" or "instances".
@@ -86,6 +86,10 @@ def points_on_foreground(
     mask = mask & scene.mask[:, None]
     if region == "boxes":
         return points_inside_boxes(xyz, mask, scene.boxes, margin)
+    if seed_index is None:
+        raise ValueError(
+            'region "instances" needs points of the cloud; this detector offers voxels, use region "boxes"'
+        )
     if scene.point_instance is None:
         raise ValueError('region "instances" needs scene.point_instance; use "boxes" where there are none')
     return points_on_instances(scene.point_instance, seed_index, mask, scene.boxes.mask)

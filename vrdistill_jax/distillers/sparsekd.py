@@ -188,17 +188,21 @@ def best_after_nms(
 def box_gap(student: DetectorOutput, teacher: DetectorOutput) -> Float[Array, "b q"]:
     """L1 distance of decoded boxes: centre and size in metres, and the heading's residual in radians.
 
-    The residual is read in the teacher's heading bin on both sides: residuals of different bins cannot be compared.
+    The residual is read in the teacher's heading bin on both sides: residuals of different bins cannot be compared. Of a
+    head without bins it is the difference of the yaws, where half a turn makes none.
     """
     if student.head is None or teacher.head is None:
         raise ValueError("sparsekd compares headings bin by bin; a detector without output.head has none")
     s, t = student.predictions, teacher.predictions
+    boxes = jnp.sum(jnp.abs(s.center - t.center) + jnp.abs(s.size - t.size), -1)
+    if "heading" not in teacher.head:
+        turn = s.yaw - t.yaw
+        return boxes + jnp.abs(turn - jnp.pi * jax.lax.stop_gradient(jnp.round(turn / jnp.pi)))
     logits, teacher_residual = jnp.split(teacher.head["heading"], 2, -1)
     _, student_residual = jnp.split(student.head["heading"], 2, -1)
     heading_bin, num_bins = jnp.argmax(logits, -1), logits.shape[-1]
     residual = _pick(student_residual, heading_bin) - _pick(teacher_residual, heading_bin)
-    gap = jnp.sum(jnp.abs(s.center - t.center) + jnp.abs(s.size - t.size), -1)
-    return gap + jnp.abs(residual) * (jnp.pi / num_bins)
+    return boxes + jnp.abs(residual) * (jnp.pi / num_bins)
 
 
 def _pick(values: Float[Array, "b q h"], index: Int[Array, "b q"]) -> Float[Array, "b q"]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from vrdistill_jax.distillers.matching import align_features, find_nearest, gather_points
+from vrdistill_jax.distillers.regions import points_inside_boxes
 from vrdistill_jax.distillers.vote_refinement import VoteRefinement, safe_sqrt
 from vrdistill_jax.geometry.boxes import join_boxes, points_in_boxes
 from vrdistill_jax.geometry.indexing import gather_rows
@@ -160,7 +161,7 @@ class VRDistill(nn.Module):
         Args:
           student: of the student on the same clouds as
           teacher: of the teacher.
-          scene: with boxes and point_instance.
+          scene: with boxes and, where votes go back to points of the cloud, point_instance.
           aligned: not used.
           train: not used.
 
@@ -174,8 +175,8 @@ class VRDistill(nn.Module):
           ValueError: if the scene has no labels.
         """
         del aligned, train
-        if scene.boxes is None or scene.point_instance is None:
-            raise ValueError("VRDistill needs scene.boxes and scene.point_instance; this scene has no labels")
+        if scene.boxes is None:
+            raise ValueError("VRDistill needs scene.boxes; this scene has no labels")
         teacher_votes = jax.lax.stop_gradient(select_votes(teacher, self.vote_level))
         student_votes = select_votes(student, self.vote_level)
         aligned_features = align_features(student_votes.features, teacher_votes.features.shape[-1])
@@ -214,7 +215,13 @@ class VRDistill(nn.Module):
             "match": mean(jnp.sqrt(squared), valid),
         }
         if self.refines:
-            ref_loss = partial(refinement_loss, scene=scene, target=self.ref_target, axis_name=self.axis_name)
+            ref_loss = partial(
+                refinement_loss,
+                scene=scene,
+                target=self.ref_target,
+                axis_name=self.axis_name,
+                seed_xyz=teacher_votes.xyz,
+            )
             ref = ref_loss(refined)
             total = total + self.mu * ref
             spread = _variance(refined.features, real) / (_variance(teacher_votes.features, real) + 1e-12)
@@ -310,40 +317,56 @@ def foreground_mask(
 
 
 def refinement_loss(
-    votes: PointSet, scene: Scene, target: str = "box_center", axis_name: str | None = None
+    votes: PointSet,
+    scene: Scene,
+    target: str = "box_center",
+    axis_name: str | None = None,
+    seed_xyz: Float[Array, "b m 3"] | None = None,
 ) -> Float[Array, ""]:
     """Mean distance (metres) from the votes of seeds on objects to the centre of their object.
 
     Args:
       votes: refined votes.
-      scene: with boxes and point_instance. A seed in several boxes has the nearest of their centres.
+      scene: with boxes and, for votes that go back to points of the cloud, point_instance. A seed in several boxes has the
+        nearest of their centres.
       target: "box_center" or "vote_center".
       axis_name: mapped device axis, or None.
+      seed_xyz: f32[B, M, 3] where votes without a seed (voxels) started: they are on the objects whose boxes hold that place.
+        None: where they are.
 
     Returns:
       Scalar, 0 without any seed on an object.
 
     Source: VRDistill, equation 6.
     """
-    distance, on_object = center_distances(votes, scene, target)
+    distance, on_object = center_distances(votes, scene, target, seed_xyz)
     return masked_mean(distance, on_object, axis_name=axis_name)
 
 
 def center_distances(
-    votes: PointSet, scene: Scene, target: str = "box_center"
+    votes: PointSet,
+    scene: Scene,
+    target: str = "box_center",
+    seed_xyz: Float[Array, "b m 3"] | None = None,
 ) -> tuple[Float[Array, "b m"], Bool[Array, "b m"]]:
     """How far each vote is from the centre of its seed's object; arguments as in `refinement_loss`.
 
     Returns:
       (f32[B, M] metres, bool[B, M] whether the vote is valid and its seed on an object).
     """
-    if scene.boxes is None or scene.point_instance is None:
+    if scene.boxes is None or (scene.point_instance is None and votes.seed_index is not None):
         raise ValueError(
             "the refinement loss needs scene.boxes and scene.point_instance; this scene has no labels"
         )
     centers = scene.boxes.center if target == "box_center" else scene.boxes.vote_center
-    targets, on_object = vote_targets(scene.point_instance, centers, votes.seed_index)
-    squared = jnp.min(jnp.sum(jnp.square(votes.xyz[:, :, None] - targets), -1), -1)
+    if votes.seed_index is None:
+        inside = points_inside_boxes(votes.xyz if seed_xyz is None else seed_xyz, votes.mask, scene.boxes)
+        squared = jnp.where(inside, squared_distances(votes.xyz, centers), jnp.inf)
+        on_object = jnp.any(inside, -1)
+        squared = jnp.where(on_object, jnp.min(squared, -1, initial=jnp.inf), 0.0)
+    else:
+        targets, on_object = vote_targets(scene.point_instance, centers, votes.seed_index)
+        squared = jnp.min(jnp.sum(jnp.square(votes.xyz[:, :, None] - targets), -1), -1)
     return safe_sqrt(squared), on_object & votes.mask & scene.mask[:, None]
 
 

@@ -20,6 +20,7 @@ from vrdistill_jax.distillers import vrdistill
 from vrdistill_jax.evaluation.agreement import Agreement, RecallByVolume
 from vrdistill_jax.structs import Boxes, Detections, DetectorOutput, PointSet, Scene
 from vrdistill_jax.training.checkpoint import load_distiller_params, load_inference_checkpoint
+from vrdistill_jax.training.distill import choose_proposals
 from vrdistill_jax.training.state import Batch
 from vrdistill_jax.training.teacher import Teacher, load_teacher
 
@@ -93,7 +94,10 @@ class Run:
                 of_teacher: Any = teacher.model.apply(teacher_variables, *batch.teacher_input, train=False)
                 decode = find_detector(teacher.config.name).decode
                 taught = decode(of_teacher, scene.points, teacher.config, PREDICT)
-                votes["teacher"] = votes_of(of_teacher)
+                of_teacher = choose_proposals(teacher.model, teacher_variables, of_teacher, of_teacher)
+                like = of_teacher if teacher.same_geometry else output
+                output = choose_proposals(model, variables, output, like)
+                votes = {"student": votes_of(output), "teacher": votes_of(of_teacher)}
                 if refinement is not None:
                     votes["teacher"], votes["refined"] = vrdistill.refine_votes(
                         refinement[0], params, of_teacher

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from vrdistill_jax.experiments import alignment
 from vrdistill_jax.experiments.analysis import analyse_run
+from vrdistill_jax.experiments.protocol import repeat_tests, tests_of
 from vrdistill_jax.recipes import DATASETS, DETECTOR_RECIPES, student_config
 from vrdistill_jax.train import train
 from vrdistill_jax.training.checkpoint import describe_difference
@@ -87,6 +89,7 @@ class Study(NamedTuple):
     workdir: pathlib.Path  # folder of the runs
     results: pathlib.Path  # folder of the JSON files
     data_dir: str = ""
+    num_tests: int = 1  # of each training, see experiments.protocol
 
     def folder(self, cell: Cell) -> pathlib.Path:
         """Where the run keeps its checkpoints."""
@@ -183,7 +186,8 @@ def run_cells(cells: list[Cell], study: Study, command: str) -> list[Cell]:
     skipped = []
     for number, cell in enumerate(cells, 1):
         check_record(cell, study)
-        if study.record_path(cell).exists():
+        record = study.read(cell)
+        if record is not None and len(tests_of(record)) >= study.num_tests:
             continue
         print(f"\n[{number} of {len(cells)}] {cell.name}", flush=True)
         todo = [cell]
@@ -220,33 +224,44 @@ def check_record(cell: Cell, study: Study) -> None:
 
 
 def run_cell(cell: Cell, study: Study, command: str) -> bool:
-    """Trains, measures and writes the record; False if another process holds the cell."""
+    """Trains, measures and writes the record; False if another process holds the cell.
+
+    Of a cell that has been trained, only the tests that are missing are made.
+    """
     config, folder = cell_config(cell, study), study.folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / "lock") as mine:
         if not mine:
             return False
-        began = time.time()
-        result = train(config, folder)
-        seconds = time.time() - began
-        path = study.record_path(cell)
-        record = {
-            "cell": cell._asdict(),
-            "command": command,
-            "train_command": train_command(cell, study),
-            "environment": describe_environment(),
-            "seconds_of_the_last_start": round(seconds),
-            "config": json.loads((folder / "config.json").read_text()),
-            "result": result,
-            "analysis": analyse_run(folder),
-        }
-        text = json.dumps(record, indent=1).replace(": NaN", ": null")  # NaN (nothing to find) is not JSON
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.replace(path)
+        record = study.read(cell)
+        if record is None:
+            began = time.time()
+            result = train(config, folder)
+            record = {
+                "cell": cell._asdict(),
+                "command": command,
+                "train_command": train_command(cell, study),
+                "environment": describe_environment(),
+                "seconds_of_the_last_start": round(time.time() - began),
+                "config": json.loads((folder / "config.json").read_text()),
+                "result": result,
+                "analysis": analyse_run(folder),
+            }
+            if cell.detector in alignment.DETECTORS:
+                record["alignment"] = alignment.analyse_alignment(folder)
+        record["tests"] = repeat_tests(folder, record, study.num_tests)
+        _write_record(record, study.record_path(cell))
     jax.clear_caches()
     return True
+
+
+def _write_record(record: dict, path: pathlib.Path) -> None:
+    """Writes a file that is either whole or not there."""
+    text = json.dumps(record, indent=1).replace(": NaN", ": null")  # NaN (nothing to find) is not JSON
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
 
 
 @contextlib.contextmanager

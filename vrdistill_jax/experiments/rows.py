@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vrdistill_jax.experiments.grid import VOTENET, Cell, Study
+from vrdistill_jax.experiments.protocol import METRICS as METRICS
 
-METRICS = ("mAP@0.25", "mAP@0.5")
 Score = tuple[float, float]  # of METRICS, in %
 
 

@@ -105,8 +105,8 @@ def check_one_by_one(method: str, student: Any, teacher: Teacher) -> None:
         reason = f"the teacher is {teacher.config.name}, the student {student.name}"
     elif not hasattr(find_detector(student.name).build(student), "propose_like"):
         reason = f"{student.name} cannot propose at given places"
-    elif teacher.reads is not None and teacher.reads.pyramid != input_config(student).pyramid:
-        reason = "their point pyramids (detector.levels) differ"
+    elif not teacher.same_geometry:
+        reason = "their geometry (detector.levels, or voxel_size) differs"
     if reason:
         others = ", ".join(name for name in DISTILLERS if not find_distiller(name).NEEDS_ALIGNED)
         raise ValueError(
@@ -132,6 +132,9 @@ def init_distillers(
         scene = batch.scene
         taught = distillation.teacher.model.apply(teacher_variables, *batch.teacher_input, train=False)
         output = student.apply(variables, scene.points, batch.pyramid, train=False)
+        taught = choose_proposals(distillation.teacher.model, teacher_variables, taught, taught)
+        like = taught if distillation.teacher.same_geometry else output
+        output = choose_proposals(student, variables, output, like)
         params = {}
         for n, (name, method) in enumerate(distillation.methods.items()):
             aligned = None
@@ -146,6 +149,22 @@ def init_distillers(
 
     params = init(key, variables, distillation.teacher.variables, batch)
     return DistillerState(params, distillation.optimizer.init(params))
+
+
+def choose_proposals(model: nn.Module, variables: dict, output: Any, like: Any) -> Any:
+    """What distillers read of a network that predicts at every anchor: the anchors where `like` is most certain.
+
+    Args:
+      model: of
+      output: whose proposals are chosen; an output that has proposals is returned as it is.
+      variables: of the model.
+      like: the teacher's output, so that student and teacher are compared at the same anchors; where that has other anchors, the
+        student's own.
+    """
+    if "proposals" in output.taps or not hasattr(model, "propose_like"):
+        return output
+    like = like if type(output.raw) is type(like.raw) else output
+    return model.apply(variables, output, like, train=False, method="propose_like")
 
 
 def _at_clusters_of(
@@ -192,6 +211,7 @@ def make_distill_step(
         key = jax.random.fold_in(key, state.step)
         scene = batch.scene
         taught: Any = teacher.model.apply(teacher_variables, *batch.teacher_input, train=False)
+        taught = choose_proposals(teacher.model, teacher_variables, taught, taught)
         taught = jax.lax.stop_gradient(taught)
         # The detection loss alone sees the teacher's labels; the methods see the ground truth.
         labelled, counts = scene, {}
@@ -219,6 +239,7 @@ def make_distill_step(
             )
             detection, terms = loss(output, labelled, config, axis_name)
             total, terms = detection, terms | counts | {"detection": detection}
+            output = choose_proposals(model, variables, output, taught if teacher.same_geometry else output)
             aligned = _at_clusters_of(model, variables, output, taught, train=True) if needs_aligned else None
             for n, (name, method) in enumerate(methods.items()):
                 value, parts = method.module.apply(

@@ -35,6 +35,7 @@ class Teacher(NamedTuple):
     variables: dict  # {"params", "batch_stats"}
     config: ConfigDict  # config.detector of its checkpoint
     reads: InputConfig | None = None  # None if that is what the student reads
+    same_geometry: bool = True  # whether both read one pyramid, so that seeds and anchors are the same points
 
 
 def load_teacher(config: Any, workdir: str | pathlib.Path) -> Teacher:
@@ -76,7 +77,8 @@ def load_teacher(config: Any, workdir: str | pathlib.Path) -> Teacher:
             )
         teaching[name] = value
     reads, model = teacher_input(config.detector, teaching), find_detector(teaching.name).build(teaching)
-    return Teacher(model, jax.device_put(variables), teacher_config.detector, reads)
+    same_geometry = reads is None or reads.pyramid == input_config(config.detector).pyramid
+    return Teacher(model, jax.device_put(variables), teacher_config.detector, reads, same_geometry)
 
 
 def teacher_input(student: Any, teacher: Any) -> InputConfig | None:

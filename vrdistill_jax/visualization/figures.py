@@ -51,7 +51,7 @@ def write_vote_figure(
     layers = [check_layer(layer) for layer in layers]
     shown = [box_corners(truth.boxes).reshape(-1, 3), *(layer.xyz for layer in layers)]
     limits = _limits(shown if close_up and any(map(len, shown)) else [xyz, *shown])
-    figure = _new_figure(9, 7)
+    figure = new_figure(9, 7)
     page = write_viewer(
         _with_ending(stem, ".html"),
         xyz,
@@ -76,7 +76,7 @@ def write_vote_figure(
     if any(layer.values is None for layer in layers):
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
-    return [_save(figure, stem), page]
+    return [save_figure(figure, stem), page]
 
 
 def write_detection_figure(
@@ -105,7 +105,7 @@ def write_detection_figure(
         raise ValueError("there is nothing to draw; give at least one set of boxes")
     columns = min(len(found), 3)
     rows = -(-len(found) // columns)
-    figure = _new_figure(4.4 * columns, 3.4 * rows + 0.9)
+    figure = new_figure(4.4 * columns, 3.4 * rows + 0.9)
     first, *rest = found
     page = write_viewer(
         _with_ending(stem, ".html"),
@@ -127,10 +127,10 @@ def write_detection_figure(
         axes.set_title(f"{group.name} ({len(group.boxes)})", fontsize=10)
     _draw_class_legend(figure, found, class_names)
     figure.suptitle(title, fontsize=11)
-    return [_save(figure, stem), page]
+    return [save_figure(figure, stem), page]
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure, inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -224,7 +224,7 @@ def _with_ending(stem: str | pathlib.Path, ending: str) -> pathlib.Path:
     return stem.with_name(stem.name + ending)
 
 
-def _save(figure: Any, stem: str | pathlib.Path) -> pathlib.Path:
+def save_figure(figure: Any, stem: str | pathlib.Path) -> pathlib.Path:
     path = _with_ending(stem, ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(
