@@ -114,14 +114,11 @@ def _in_order_of(student: PointSet, teacher: PointSet) -> PointSet:
         found = gather_points(teacher, index)
         return found._replace(xyz=jax.lax.stop_gradient(student.xyz), seed_index=student.seed_index)
 
-    of_voxels = [points.seed_index is None for points in (student, teacher)]
-    if student.mask.shape != teacher.mask.shape or of_voxels[0] != of_voxels[1]:
+    voxels = student.seed_index is None  # which go back to no row of the cloud
+    if student.mask.shape != teacher.mask.shape or voxels != (teacher.seed_index is None):
         return by_distance()
-    if of_voxels[0]:
-        same = jnp.all(student.xyz == teacher.xyz)
-    else:
-        same = jnp.all(student.seed_index == teacher.seed_index)
-    return jax.lax.cond(same, lambda: teacher, by_distance)
+    ours, theirs = (points.xyz if voxels else points.seed_index for points in (student, teacher))
+    return jax.lax.cond(jnp.all(ours == theirs), lambda: teacher, by_distance)
 
 
 def align_features(features: Float[Array, "b m s"], size: int) -> Float[Array, "b m t"]:

@@ -8,11 +8,11 @@ table 4, as here. Ablations report means over 25 tests, table 1 best (mean).
 from typing import Any
 
 from vrdistill_jax.detectors import DETECTORS
+from vrdistill_jax.experiments.training_cost import training_cost_table
 from vrdistill_jax.experiments.grid import TEACHER, Study
 from vrdistill_jax.experiments.protocol import METRICS, summarize
 from vrdistill_jax.experiments.rendering import Table, mean_and_std, percent
 from vrdistill_jax.experiments.rows import Row, Score, describe_runs, find_rows, read_records
-from vrdistill_jax.experiments.training_cost import training_cost_table
 from vrdistill_jax.losses.ranking import RDL_VARIANTS
 from vrdistill_jax.recipes import DATASETS, SR3D_VARIANTS
 

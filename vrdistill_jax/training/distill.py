@@ -158,8 +158,8 @@ def choose_proposals(model: nn.Module, variables: dict, output: Any, like: Any) 
       model: of
       output: whose proposals are chosen; an output that has proposals is returned as it is.
       variables: of the model.
-      like: the teacher's output, so that student and teacher are compared at the same anchors; where that has other anchors, the
-        student's own.
+      like: the teacher's output, so that student and teacher are compared at the same anchors; where that has other anchors,
+        the student's own.
     """
     if "proposals" in output.taps or not hasattr(model, "propose_like"):
         return output
