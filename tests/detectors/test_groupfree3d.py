@@ -7,6 +7,7 @@ import pytest
 from oracles.groupfree3d import loss as loss_oracle
 from scenes import make_batch, tiny_config, tiny_groupfree3d_config
 
+from vrdistill_jax import recipes
 from vrdistill_jax.detectors import groupfree3d
 from vrdistill_jax.detectors.decoding import PREDICT, DecodeConfig
 from vrdistill_jax.detectors.groupfree3d_head import HeadOutput, merge_heads
@@ -111,6 +112,21 @@ def test_published_recipes():
     np.testing.assert_allclose([view[name] for name in deltas], [0.1111111111111, 0.04, 0.0625])
     assert (scan.merged_heads, view.merged_heads) == ("last_three", "all")
     assert (scan.size_by_class, view.size_by_class) == (True, False)
+
+
+def test_the_decoder_learns_more_slowly(plain):
+    """As the reference groups its parameters: the decoder with its projections and position embeddings, not the heads."""
+    rates = [
+        recipes.groupfree3d_config(task, "tiny").optimizer.group_rates
+        for task in (recipes.SCANNET, recipes.SUNRGBD)
+    ]
+    assert [rate.to_dict() for rate in rates] == [{"decoder": 0.1}, {"decoder": 0.05}]
+    modules = set(plain.variables["params"])
+    slow = {name for name in modules if "decoder" in name}
+    assert modules - slow == {
+        "backbone", "seed_mlp", "seed_out", "proposal_head", "prediction_heads_0", "prediction_heads_1"
+    }  # fmt: skip
+    assert {"decoder_0", "decoder_query_projection", "decoder_seed_position_1"} <= slow
 
 
 def test_taps(network):
