@@ -22,6 +22,7 @@ from vrdistill_jax.data.class_tables import (
 from vrdistill_jax.detectors import groupfree3d, h3dnet, sr3d, three_detr, tr3d, votenet
 from vrdistill_jax.distillers import find_distiller
 from vrdistill_jax.geometry.host.voxel_pyramid import make_capacities
+from vrdistill_jax.schedules_of_papers import SPARSE, use_distillation_schedule, use_published_schedule
 from vrdistill_jax.training import teacher_guided
 
 
@@ -62,7 +63,6 @@ SPARSE_SIZES = {
     "small": (0.02, 32, 64, (1, 1, 1, 1), 20000),
     "tiny": (0.08, 8, 8, (1, 1, 1, 1), 1024),
 }
-SPARSE = ("tr3d", "sr3d")
 # Voxels per level of the largest rooms that "small" meets, a little above the maxima of 60 small SynthRooms.
 SMALL_SCENES = (20_000, 20_000, 14_000, 6_000, 2_000, 512, 128, 1_536, 14_000)
 # Of a student's hidden layers, as a share of its teacher's.
@@ -322,54 +322,6 @@ def augmentation(task: Task, detector: str = "votenet") -> ConfigDict:
     return ConfigDict(AUGMENTATIONS[detector][task.oriented]._asdict())
 
 
-def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
-    """Sets the length of training and the schedule that the detector's authors used.
-
-    VoteNet: Adam, 180 epochs of batches of 8, steps at 80, 120 and 160, falling norm momentum. H3DNet: likewise, 360 epochs,
-    own steps. Group-Free-3D: 400 epochs of batches of 32, steps at 280 and 340 (SUN RGB-D: 600; 420, 480 and 540). 3DETR: 1080
-    epochs of batches of 8, nine of warm-up, cosine. TR3D: 12 epochs of batches of 16, each of which shows a scene 15 times
-    (ScanNet) or 5 times (SUN RGB-D), steps at 8 and 11; SR3D: 13 epochs, steps at 8, 11 and 12, 300 steps of warm-up.
-
-    Source: votenet, train.py; 3detr, README; tr3d, configs; SR3D, section 4.1.
-    """
-    epoch, name = num_scenes // config.train.batch_size, config.detector.name
-    if name in SPARSE:
-        repeats = 5 if config.detector.oriented else 15
-        num_epochs, at = (12, (8, 11)) if name == "tr3d" else (13, (8, 11, 12))
-        config.optimizer.schedule = "steps"
-        config.optimizer.decay_epochs = tuple(float(repeats * epoch_number) for epoch_number in at)
-        config.optimizer.warmup_steps = 0 if name == "tr3d" else 300
-        config.train.num_steps = num_epochs * repeats * epoch
-        config.train.eval_every = config.train.checkpoint_every = repeats * epoch
-        return
-    if name in ("3detr", "3detr_m"):
-        config.optimizer.warmup_steps = 9 * epoch
-        config.train.num_steps = 1080 * epoch
-        config.train.eval_every = config.train.checkpoint_every = 10 * epoch
-        return
-    oriented = config.dataset.oriented
-    if name == "groupfree3d":
-        num_epochs, at = (600, (420, 480, 540)) if oriented else (400, (280, 340))
-        config.train.batch_size = 32  # of four devices
-        epoch = num_scenes // config.train.batch_size
-        config.optimizer.schedule, config.optimizer.decay_epochs = "steps", tuple(map(float, at))
-        config.optimizer.warmup_steps, config.train.num_steps = 0, num_epochs * epoch
-        config.train.eval_every = config.train.checkpoint_every = 10 * epoch
-        return
-    config.optimizer.name, config.optimizer.learning_rate, config.optimizer.weight_decay = "adam", 1e-3, 0.0
-    config.optimizer.clip_norm, config.optimizer.warmup_steps = 0.0, 0
-    config.optimizer.schedule, config.optimizer.decay_epochs = "steps", (80, 120, 160)
-    config.norm_momentum = ConfigDict(dict(initial=0.5, factor=0.5, decay_epochs=20.0, floor=0.001))
-    config.train.num_steps = 180 * epoch
-    if name == "h3dnet":
-        config.train.num_steps = 360 * epoch
-        config.optimizer.decay_epochs = (160, 220, 260) if oriented else (80, 140, 200, 240)
-        config.optimizer.learning_rate = 1e-3 if oriented else 1e-2
-        if oriented:
-            config.train.batch_size, config.train.num_steps = 16, 360 * (num_scenes // 16)
-    config.train.eval_every = config.train.checkpoint_every = 10 * epoch
-
-
 def synthrooms_config(size: str = "small", style: str = "scan", detector: str = "votenet") -> ConfigDict:
     """A detector on SynthRooms: style "scan" is ScanNet's task, "view" SUN RGB-D's; sizes as in `votenet_config`."""
     config = detector_config(detector, SUNRGBD if style == "view" else SCANNET, size)
@@ -443,7 +395,7 @@ def student_config(
     config = DATASETS[dataset](size, detector=detector)
     config.detector.width *= STUDENT_WIDTHS[width]
     if size == "full" and detector == "votenet":
-        _use_distillation_schedule(config, dataset)
+        use_distillation_schedule(config, dataset)
     if not methods:
         return config
     config.optimizer.distiller_weight_decay = 1e-2
@@ -475,17 +427,6 @@ def default_teacher_config(detector: str = "votenet") -> ConfigDict:
     config.weights_sha256 = ""
     config.mAP_25 = config.mAP_50 = -1.0
     return config
-
-
-def _use_distillation_schedule(config: ConfigDict, dataset: str) -> None:
-    """AdamW, 180 epochs of batches of 8, cosine to zero; the refinement decays more than the student.
-
-    Source: VRDistill, section 4.2. The learning rate on ScanNet is not given there; this is VoteNet's.
-    """
-    config.optimizer.name, config.optimizer.schedule = "adamw", "cosine"
-    config.optimizer.learning_rate = 0.005 if dataset == "sunrgbd" else 1e-3
-    config.optimizer.weight_decay = 1e-5
-    config.optimizer.decay_epochs = ()
 
 
 def densify(config: ConfigDict, factor: int) -> None:
