@@ -7,6 +7,8 @@ A detector is a module with
   decode(output, points, config) -> Detections
 where `config` is `config.detector`. A network whose proposals can be compared one by one with another's has a method
   propose_like(output, other, train=...) -> DetectorOutput   the proposals of `output`'s network where `other` has its own
+One whose head can read other clusters than its own has
+  propose_at(output, clusters, train=...) -> DetectorOutput
 A dense network (TR3D, SR3D) predicts at every anchor and has no proposals until propose_like(output, output) chooses its best.
 """
 

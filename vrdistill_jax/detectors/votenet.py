@@ -147,8 +147,26 @@ class VoteNet(nn.Module):
         raw = output.raw
         return self._propose(raw.backbone, raw.votes, raw.vote_channels, other.raw.cluster_index, train)
 
+    def propose_at(self, output: DetectorOutput, clusters: PointSet, *, train: bool) -> DetectorOutput:
+        """Lets the head read other clusters than those that an earlier pass found.
+
+        Args:
+          output: of `__call__`; everything before the clusters is taken from it.
+          clusters: f32[B, Q, C] features of the same size; what the head reads.
+          train: as in `__call__`.
+        """
+        raw = output.raw
+        return self._read_clusters(
+            raw.backbone, raw.votes, raw.vote_channels, clusters, raw.cluster_index, train
+        )
+
     def _propose(self, backbone, votes, vote_channels, cluster_index, train) -> DetectorOutput:
         clusters, cluster_index = self._cluster(backbone.seeds, votes, cluster_index, train)
+        return self._read_clusters(backbone, votes, vote_channels, clusters, cluster_index, train)
+
+    def _read_clusters(
+        self, backbone, votes, vote_channels, clusters, cluster_index, train
+    ) -> DetectorOutput:
         hidden = self.proposal(clusters.features, clusters.mask, train=train)
         head_channels = self.proposal_out(hidden)
         head = split_head(head_channels, clusters.xyz, self.num_heading_bins, len(self.mean_sizes))

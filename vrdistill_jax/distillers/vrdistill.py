@@ -9,6 +9,7 @@ was released. The text leaves much open (what a vote is, the start of the refine
 entry of `default_config` and docs/distillation.md says why it was chosen.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,10 @@ def default_config() -> ConfigDict:
       reduction: "mean" over votes and channels, or the printed "sum" (and the mean over scenes).
       coordinate_weight: weight, within L_dis, of ||x_s - x_t||^2 times the mask (0: features only, as printed).
       dis_detach_target: whether L_dis trains the student only; False as printed, it trains the refinement as well.
+      target_features: what the student's features imitate: those of the "refined" votes, or the "initial" ones, the teacher's
+        own, of the votes that were refined (their positions then still decide matches and mask).
+      head_weight: weight of the detection loss of the teacher's own head on the refined votes. It trains the refinement only,
+        and keeps refined features readable for that head.
       stop_mask_gradient: False lets L_dis move refined votes through the mask (away from the objects).
       stop_bias_gradient: False lets it move them through the distances in the attention.
     """
@@ -81,6 +86,8 @@ def default_config() -> ConfigDict:
             reduction="mean",
             coordinate_weight=0.0,
             dis_detach_target=False,
+            target_features="refined",
+            head_weight=0.0,
             stop_mask_gradient=True,
             stop_bias_gradient=True,
         )
@@ -100,8 +107,14 @@ def build(config: Any, student: Any, teacher: Any, axis_name: str | None = None)
     _check_choice(config, "cross_query", ("refined", "initial"))
     _check_choice(config, "ref_target", ("box_center", "vote_center"))
     _check_choice(config, "reduction", ("mean", "sum"))
+    _check_choice(config, "target_features", ("refined", "initial"))
     if not config.sigma > 0:
         raise ValueError(f"vrdistill.sigma is {config.sigma}; expected > 0 (the paper uses 1)")
+    if config.head_weight and config.vote_level != "cluster":
+        raise ValueError(
+            f"vrdistill.head_weight is {config.head_weight}, but the teacher's head reads clusters and vrdistill.vote_level is "
+            f"{config.vote_level}; set head_weight to 0 or vote_level to cluster"
+        )
     if config.neighbors < 1 or config.layers < 0:
         raise ValueError(
             f"vrdistill.neighbors is {config.neighbors} and layers {config.layers}; expected at least 1 and 0"
@@ -142,6 +155,8 @@ class VRDistill(nn.Module):
     reduction: str = "mean"
     coordinate_weight: float = 0.0
     dis_detach_target: bool = False
+    target_features: str = "refined"
+    head_weight: float = 0.0
     stop_mask_gradient: bool = True
     stop_bias_gradient: bool = True
     axis_name: str | None = None
@@ -154,6 +169,7 @@ class VRDistill(nn.Module):
         scene: Scene,
         *,
         aligned: DetectorOutput | None = None,
+        judge: Callable[[PointSet], Array] | None = None,
         train: bool = True,
     ) -> tuple[Array, dict[str, Array]]:
         """The distillation loss.
@@ -163,13 +179,14 @@ class VRDistill(nn.Module):
           teacher: of the teacher.
           scene: with boxes and, where votes go back to points of the cloud, point_instance.
           aligned: not used.
+          judge: (votes) -> detection loss of the teacher's head on them; None leaves it out.
           train: not used.
 
         Returns:
-          (weight (eta L_dis + mu L_ref), terms). Terms: "dis", "ref" and "coordinate" losses; "sum", equation 5 as printed;
-          "ref_start", what L_ref would be of the teacher's own votes; "mask", its mean; "match", the mean distance to the
-          matched vote in metres; "spread", the variance of the refined features over that of the teacher's (towards 0 the
-          refinement collapses).
+          (weight (eta L_dis + mu L_ref + head_weight L_head), terms). Terms: "dis", "ref", "head" and "coordinate" losses;
+          "sum", equation 5 as printed; "ref_start", what L_ref would be of the teacher's own votes; "mask", its mean; "match",
+          the mean distance to the matched vote in metres; "spread", the variance of the refined features over that of the
+          teacher's (towards 0 the refinement collapses).
 
         Raises:
           ValueError: if the scene has no labels.
@@ -187,7 +204,12 @@ class VRDistill(nn.Module):
             refined.xyz, scene.boxes, self.mask, self.sigma, self.normalize_mask, self.rotate_mask
         )
         mask = jax.lax.stop_gradient(mask) if self.stop_mask_gradient else mask
-        target = jax.lax.stop_gradient(refined) if self.dis_detach_target else refined
+        target = (
+            refined
+            if self.target_features == "refined"
+            else refined._replace(features=teacher_votes.features)
+        )
+        target = jax.lax.stop_gradient(target) if self.dis_detach_target else target
         squared, index = find_nearest(student_votes.xyz, target.xyz, target.mask)
         matched, matched_mask = gather_points(target, index), gather_rows(mask, index)
         # A scene in which the teacher has no votes at all matches nothing.
@@ -225,9 +247,17 @@ class VRDistill(nn.Module):
             ref = ref_loss(refined)
             total = total + self.mu * ref
             spread = _variance(refined.features, real) / (_variance(teacher_votes.features, real) + 1e-12)
+            if judge is not None:
+                terms["head"] = judge(refined)
+                total = total + self.head_weight * terms["head"]
             terms |= {"ref": ref, "ref_start": ref_loss(teacher_votes), "spread": spread}
         # Everything but the total is for the log.
         return self.weight * total, jax.lax.stop_gradient(terms)
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether the losses include the teacher's head on refined votes."""
+        return self.refines and self.head_weight > 0
 
     @property
     def refines(self) -> bool:

@@ -135,6 +135,8 @@ TABLES: dict[int | str, tuple[str, list[Row]]] = family_tables.TABLES | {
             ("refinement and hard mask", {"mask": "hard"}, None),
             # As printed, L_dis trains the refinement as well, and both sides can agree on constant features.
             ("both; target detached", {"dis_detach_target": True}, None),
+            ("both; teacher's features", {"target_features": "initial"}, None),
+            ("both; teacher's head", {"dis_detach_target": True, "head_weight": 1.0}, None),
         ),
     ),
     6: (

@@ -18,7 +18,7 @@ from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.distillers import DISTILLERS, find_distiller
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.norm import update_running
-from vrdistill_jax.structs import DetectorOutput, VoxelPyramidConfig
+from vrdistill_jax.structs import DetectorOutput, PointSet, VoxelPyramidConfig
 from vrdistill_jax.training import teacher_guided
 from vrdistill_jax.training.optimizer import make_optimizer
 from vrdistill_jax.training.state import Batch, DistillerState, TrainState
@@ -30,6 +30,7 @@ class Method(NamedTuple):
 
     module: nn.Module
     needs_aligned: bool
+    needs_judge: bool
 
 
 class Distillation(NamedTuple):
@@ -80,7 +81,13 @@ def make_distillation(
         if file.NEEDS_ALIGNED:
             check_one_by_one(name, config.detector, teacher)
         module = file.build(entry, config.detector, teacher.config, axis_name)
-        methods[name] = Method(module, file.NEEDS_ALIGNED)
+        needs_judge = getattr(module, "needs_judge", False)
+        if needs_judge and not hasattr(teacher.model, "propose_at"):
+            raise ValueError(
+                f"distiller.methods.{name}.head_weight is set, but the head of {teacher.config.name} cannot read other votes "
+                "than its own; set it to 0"
+            )
+        methods[name] = Method(module, file.NEEDS_ALIGNED, needs_judge)
     settings = ConfigDict(config.optimizer.to_dict())
     settings.weight_decay = settings.get("distiller_weight_decay", settings.weight_decay)
     settings.group_rates = ConfigDict()
@@ -213,6 +220,12 @@ def make_distill_step(
         taught: Any = teacher.model.apply(teacher_variables, *batch.teacher_input, train=False)
         taught = choose_proposals(teacher.model, teacher_variables, taught, taught)
         taught = jax.lax.stop_gradient(taught)
+
+        def judge(votes: PointSet) -> jax.Array:
+            """The detection loss of the teacher's own head on other votes."""
+            output = teacher.model.apply(teacher_variables, taught, votes, train=False, method="propose_at")
+            return find_detector(teacher.config.name).loss(output, scene, teacher.config, axis_name)[0]
+
         # The detection loss alone sees the teacher's labels; the methods see the ground truth.
         labelled, counts = scene, {}
         if labels is not None:
@@ -249,6 +262,7 @@ def make_distill_step(
                     scene,
                     aligned=aligned if method.needs_aligned else None,
                     train=True,
+                    **({"judge": judge} if method.needs_judge else {}),
                     rngs={"distiller": jax.random.fold_in(key, n)},
                 )
                 total = total + value
