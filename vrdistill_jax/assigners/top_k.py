@@ -55,7 +55,8 @@ def assign(anchors: Anchors, boxes: Boxes, config: Any, task: Task) -> Assignmen
         on_level = jnp.where(on_label_level(anchors, boxes, task.label_levels), distance, jnp.inf)
         limit = jnp.full(len(boxes.mask), jnp.inf)
         if on_level.shape[1] > config.k:
-            limit = -jax.lax.top_k(-on_level, config.k + 1)[0][:, -1]
+            # Not the last column: XLA on a CPU makes a full sort of a sliced top_k.
+            limit = -jnp.min(jax.lax.top_k(-on_level, config.k + 1)[0], axis=1)
         near = on_level < limit[:, None]
         owner = argmin_of_boxes(jnp.where(near, distance, jnp.inf))
         found = jnp.any(near, axis=0)

@@ -39,6 +39,7 @@ class Budget(NamedTuple):
 
 # tiny: for tests; small: minutes per run on two CPU cores; full: the published size and schedule, for a GPU.
 BUDGETS = ("tiny", "small", "full")
+SPARSE_CHANGES = {"train.num_steps": 1000, "train.batch_size": 4}
 # The small one of detectors that do not train as their recipe's size "small" says.
 SMALL_BUDGETS = {
     # The recipe's learning rate suits the narrow students; at full width, so few steps need a smaller one
@@ -48,6 +49,9 @@ SMALL_BUDGETS = {
         {"train.num_steps": 1600, "train.batch_size": 4},
         {"optimizer.learning_rate": 1.5e-3},
     ),
+    # The recipe's batch of 8 would take twice as long; more steps teach more than larger ones.
+    "tr3d": Budget("teacher", SPARSE_CHANGES),
+    "sr3d": Budget("teacher", SPARSE_CHANGES),
 }
 # Of a record's config: says nothing about what was trained (the teacher is named by the cell).
 NOT_COMPARED = ("teacher.",)

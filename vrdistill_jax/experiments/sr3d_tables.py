@@ -178,8 +178,10 @@ def _notes(records: dict[Row, list[dict]], number: int, oriented: bool) -> list[
         return ["No cell has been run yet."]
     tests = max(len(record.get("tests", [0])) for record in every)
     where = "SUN RGB-D" if number == 1 and oriented else "ScanNet V2"
+    runs, machines = describe_runs(every)
     lines = [
-        *describe_runs(every),
+        *runs,
+        machines,
         f"Mean ± standard deviation over trainings, of {tests} test{'s' * (tests > 1)} each. Paper: {where} at full size, "
         "25 tests.",
     ]
