@@ -49,7 +49,7 @@ def read_records(row: Row, study: Study, seeds: int) -> dict[int, dict]:
 def describe_runs(records: Iterable[dict]) -> tuple[list[str], str]:
     """How the runs of a table were trained (a line for each way), and on what machines."""
     lines: dict[str, list[str]] = {}
-    environments = {}
+    environments: dict[str, None] = {}
     for record in records:
         config, environment = record["config"], record["environment"]
         train, detector = config["train"], config["detector"]

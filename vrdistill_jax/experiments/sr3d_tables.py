@@ -153,7 +153,8 @@ def _decimal(mean: float | None, std: float | None) -> str:
 
 
 def _case_study_table(title: str, records: list[dict], study: Study) -> Table:
-    lines, data = [], {}
+    lines: list[list[str]] = []
+    data: dict[str, dict[str, Any]] = {}
     for kind, paper in PAPER_CASE_STUDY.items():
         results = [r["result"] if kind == "as it is" else r["alignment"]["case_study"][kind] for r in records]
         line, data[kind] = [kind, str(len(results))], {"paper": paper}

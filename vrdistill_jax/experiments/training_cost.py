@@ -95,7 +95,8 @@ def time_steps(configs: dict[str, ConfigDict]) -> dict[str, float]:
     batches = train_batches(open_source(first.dataset, "train"), first, pyramid, 0)
     # One batch again and again: others could be of another size, and a step of a new size is compiled.
     batch = jax.device_put(Batch(*next(batches)))
-    key, runs = jax.random.key(0), {}
+    key = jax.random.key(0)
+    runs: dict[str, list[Any]] = {}
     for name, config in configs.items():
         detector = find_detector(config.detector.name)
         model = detector.build(config.detector)
