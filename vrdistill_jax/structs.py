@@ -101,7 +101,7 @@ class PointSet(NamedTuple):
     xyz: Array  # f32[B, M, 3]
     features: Array  # f32[B, M, C]
     mask: Array  # bool[B, M]
-    seed_index: Array | None  # i32[B, M] row of the input cloud that the point goes back to; None for voxels
+    seed_index: Array  # i32[B, M] row of the input cloud that the point goes back to; None for voxels
 
 
 class Predictions(NamedTuple):

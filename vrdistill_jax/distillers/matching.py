@@ -26,7 +26,7 @@ class PointPairs(NamedTuple):
     student: Array  # f32[B, M, Cs]
     teacher: Array  # f32[B, M, Ct], no gradient
     xyz: Array  # f32[B, M, 3] metres, no gradient
-    seed_index: Array | None  # i32[B, M] rows of the cloud; None for voxels
+    seed_index: Array  # i32[B, M] rows of the cloud; None for voxels
     mask: Array  # bool[B, M]; False in padded scenes, too
 
 

@@ -384,10 +384,9 @@ def center_distances(
     Returns:
       (f32[B, M] metres, bool[B, M] whether the vote is valid and its seed on an object).
     """
-    if scene.boxes is None or (scene.point_instance is None and votes.seed_index is not None):
-        raise ValueError(
-            "the refinement loss needs scene.boxes and scene.point_instance; this scene has no labels"
-        )
+    no_labels = "the refinement loss needs scene.boxes and scene.point_instance; this scene has no labels"
+    if scene.boxes is None:
+        raise ValueError(no_labels)
     centers = scene.boxes.center if target == "box_center" else scene.boxes.vote_center
     if votes.seed_index is None:
         inside = points_inside_boxes(votes.xyz if seed_xyz is None else seed_xyz, votes.mask, scene.boxes)
@@ -395,6 +394,8 @@ def center_distances(
         on_object = jnp.any(inside, -1)
         squared = jnp.where(on_object, jnp.min(squared, -1, initial=jnp.inf), 0.0)
     else:
+        if scene.point_instance is None:
+            raise ValueError(no_labels)
         targets, on_object = vote_targets(scene.point_instance, centers, votes.seed_index)
         squared = jnp.min(jnp.sum(jnp.square(votes.xyz[:, :, None] - targets), -1), -1)
     return safe_sqrt(squared), on_object & votes.mask & scene.mask[:, None]

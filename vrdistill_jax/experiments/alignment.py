@@ -43,10 +43,11 @@ def analyse_alignment(workdir: str | pathlib.Path, split: str = "val") -> dict[s
     def detect(variables, scene: Scene, pyramid):
         output: Any = model.apply(variables, scene.points, pyramid, train=False)
         decode = partial(detector.decode, points=scene.points, config=settings)
+        boxes: Any = scene.boxes  # labelled, see below
         corrected = {
             kind: output._replace(
                 predictions=correct_scores(
-                    output.predictions, anchor_points(output), scene.boxes, kind, settings.oriented
+                    output.predictions, anchor_points(output), boxes, kind, settings.oriented
                 )
             )
             for kind in CORRECTIONS
@@ -58,6 +59,8 @@ def analyse_alignment(workdir: str | pathlib.Path, split: str = "val") -> dict[s
     precision = {kind: AveragePrecision(names) for kind in CORRECTIONS}
     source = open_source(config.dataset, split)
     for scene, built in evaluation_batches(source, config, pyramid, config.train.eval_batch_size):
+        if scene.boxes is None:
+            raise ValueError("alignment is measured on labelled scenes; this dataset has no boxes")
         found, corrected = jax.tree.map(np.asarray, detect(variables, scene, built))
         consistency.add_batch(found, scene.boxes, scene.mask)
         for kind, detections in corrected.items():

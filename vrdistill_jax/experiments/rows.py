@@ -46,10 +46,10 @@ def read_records(row: Row, study: Study, seeds: int) -> dict[int, dict]:
     return {seed: record for seed, record in records.items() if record is not None}
 
 
-def describe_runs(records: Iterable[dict]) -> list[str]:
-    """How the runs of a table were trained and on what, a line for each way."""
+def describe_runs(records: Iterable[dict]) -> tuple[list[str], str]:
+    """How the runs of a table were trained (a line for each way), and on what machines."""
     lines: dict[str, list[str]] = {}
-    environments = {}
+    environments: dict[str, None] = {}
     for record in records:
         config, environment = record["config"], record["environment"]
         train, detector = config["train"], config["detector"]
@@ -65,4 +65,4 @@ def describe_runs(records: Iterable[dict]) -> list[str]:
     runs = [
         f"{'Each run' if every else ', '.join(sorted(set(names)))}: {text}" for text, names in lines.items()
     ]
-    return [*runs, f"Ours: {'; '.join(environments)}."]
+    return runs, f"Ours: {'; '.join(environments)}."

@@ -66,7 +66,7 @@ def training_cost_table(title: str, study: Study) -> Table:
 
 
 def measure_inference(config: ConfigDict) -> dict[str, Any]:
-    """ "parameters", "network_ms" and "scene_to_boxes_ms" (medians of single scenes) of an untrained detector."""
+    """Measures an untrained detector: "parameters", "network_ms", "scene_to_boxes_ms" (medians of single scenes)."""
     detector = find_detector(config.detector.name)
     pyramid_config = detector.pyramid_config(config.detector)
     source = open_source(config.dataset, "val")
@@ -95,7 +95,8 @@ def time_steps(configs: dict[str, ConfigDict]) -> dict[str, float]:
     batches = train_batches(open_source(first.dataset, "train"), first, pyramid, 0)
     # One batch again and again: others could be of another size, and a step of a new size is compiled.
     batch = jax.device_put(Batch(*next(batches)))
-    key, runs = jax.random.key(0), {}
+    key = jax.random.key(0)
+    runs: dict[str, list[Any]] = {}
     for name, config in configs.items():
         detector = find_detector(config.detector.name)
         model = detector.build(config.detector)

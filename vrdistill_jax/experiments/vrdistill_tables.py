@@ -248,9 +248,10 @@ def _notes(records: dict[Row, dict[int, dict]], study: Study) -> list[str]:
     every = [record for of_row in records.values() for record in of_row.values()]
     if not every:
         return ["No cell has been run yet."]
+    runs, machines = describe_runs(every)
     return [
-        *describe_runs(every),
-        "Mean ± standard deviation over seeds; gain: over the student alone with the same seed. Paper: ScanNet V2 or SUN "
-        "RGB-D at full size, so only gains compare.",
+        *runs[:-1],
+        f"{runs[-1]} Mean ± standard deviation over seeds; gain: over the student alone with the same seed.",
+        f"Paper: ScanNet V2 or SUN RGB-D at full size, so only gains compare. {machines}",
         f"Command: {every[0]['command']}",
     ]
