@@ -167,30 +167,12 @@ def sparse_config(task: Task, size: str = "full", name: str = "sr3d") -> ConfigD
     return config
 
 
-# Changed entries of config.detector.
-SR3D_VARIANTS: dict[str, dict[str, str]] = {
-    "sr3d": {},
-    "tr3d": {},
-    "none": {
-        "assigner": "top_k",
-        "classification_loss": "focal",
-    },  # neither of SR3D's parts, but its augmentation
-    "spota": {"classification_loss": "focal"},
-    "ras": {"assigner": "top_k"},
-    "ota": {"assigner": "ota"},
-    "simota": {"assigner": "simota"},
-    "alignota": {"assigner": "alignota"},
-    "qfl": {"classification_loss": "qfl"},
-    "vfl": {"classification_loss": "vfl"},
-}
-
-
 def sr3d_variant(config: ConfigDict, variant: str) -> ConfigDict:
     """Exchanges parts of SR3D for its ablations and competitors.
 
     Args:
       config: a whole config of SR3D (of TR3D for the variant "tr3d"); changed in place.
-      variant: of SR3D_VARIANTS.
+      variant: of sr3d.VARIANTS.
 
     Returns:
       The config.
@@ -198,9 +180,9 @@ def sr3d_variant(config: ConfigDict, variant: str) -> ConfigDict:
     Raises:
       ValueError: for an unknown variant.
     """
-    if variant not in SR3D_VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(SR3D_VARIANTS)}")
-    config.detector.update(SR3D_VARIANTS[variant])
+    if variant not in sr3d.VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; known: {', '.join(sr3d.VARIANTS)}")
+    config.detector.update(sr3d.VARIANTS[variant])
     return config
 
 

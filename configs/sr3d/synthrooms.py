@@ -4,7 +4,8 @@
     python -m vrdistill_jax.train --config=configs/sr3d/synthrooms.py:tr3d
 
 After the colon: VARIANT[,SIZE]. VARIANT is sr3d (default), tr3d (the baseline), spota or ras (one of SR3D's two parts alone),
-none (neither: TR3D's targets and loss with SR3D's augmentation), ota, simota, alignota (SR3D with another assigner), qfl or vfl (with another classification loss).
+none (neither: TR3D's targets and loss with SR3D's augmentation), ota, simota, alignota (SR3D with another assigner), qfl or vfl
+(with another classification loss).
 Small rooms, voxels of 2 cm and a narrow network, for two CPU cores. `:sr3d,full` is the published size, for a GPU.
 """
 

@@ -119,3 +119,10 @@ def test_foreground_of_a_scene_ignores_padded_scenes_and_says_what_it_lacks():
         points_on_foreground(*points, scene._replace(boxes=None))
     with pytest.raises(ValueError, match=r"scene\.point_instance"):
         points_on_foreground(*points, scene._replace(point_instance=None), region="instances")
+
+
+def test_voxels_have_no_instances():
+    scene = make_scene(make_boxes(np.zeros((1, 1, 7), np.float32) + 1), np.zeros((1, 3, 1), np.int32))
+    xyz, mask = np.zeros((1, 2, 3), np.float32), np.ones((1, 2), bool)
+    with pytest.raises(ValueError, match='offers voxels, use region "boxes"'):
+        points_on_foreground(xyz, None, mask, scene, "instances")

@@ -192,3 +192,12 @@ def test_impossible_calls_say_what_is_wrong(case):
         sparsekd.build(config, DETECTOR, DETECTOR).apply({}, student, teacher, scene)
     with pytest.raises(ValueError, match="train the student on the teacher's classes"):
         sparsekd.build(config, ConfigDict({"class_names": ("x",)}), DETECTOR)
+
+
+def test_a_head_without_heading_bins_compares_yaws_up_to_half_a_turn(case):
+    _, teacher, _ = case
+    head = {name: group for name, group in teacher.head.items() if name != "heading"}
+    teacher = teacher._replace(head=head)
+    p = teacher.predictions
+    turned = teacher._replace(predictions=p._replace(yaw=p.yaw + np.pi + 0.25, center=p.center + 0.5))
+    np.testing.assert_allclose(sparsekd.box_gap(turned, teacher), 1.5 + 0.25, rtol=1e-4)

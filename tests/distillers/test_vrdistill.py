@@ -442,3 +442,18 @@ def test_vote_levels_read_their_tap():
     np.testing.assert_array_equal(sampled.features[1, 1], votes.features[1, 9])
     with pytest.raises(ValueError, match="reads the tap 'votes'"):
         vrdistill.select_votes(DetectorOutput(None, {"clusters": clusters}, raw), "vote")
+
+
+def test_a_vote_without_a_seed_is_on_the_objects_whose_boxes_hold_its_start():
+    scene = make_scene(counts=(2, 1))
+    start = np.stack([scene.boxes.center[:, 0], scene.boxes.center[:, 0] + 50], 1).astype(np.float32)
+    moved = start + np.float32([0.3, 0, 0.4])
+    votes = PointSet(moved, np.zeros((B, 2, 4), np.float32), np.ones((B, 2), bool), None)
+    distance, on_object = vrdistill.center_distances(votes, scene, seed_xyz=start)
+    np.testing.assert_array_equal(on_object, [[True, False]] * B)
+    nearest = np.linalg.norm(moved[:, 0, None] - scene.boxes.center, axis=-1)
+    assert np.asarray(distance)[1, 0] == pytest.approx(nearest[1, 0], abs=1e-6)
+    assert np.asarray(distance)[0, 0] <= nearest[0, 0] + 1e-6
+    # Points of the cloud are not asked for.
+    loss = vrdistill.refinement_loss(votes, scene._replace(point_instance=None), seed_xyz=start)
+    np.testing.assert_allclose(loss, np.asarray(distance)[:, 0].mean(), rtol=1e-5)

@@ -96,10 +96,20 @@ def select_lowest(
     negated, rows = jax.lax.top_k(-cost, max_count)
     wanted = (jnp.arange(max_count) < count[:, None]) & (negated > -jnp.inf)
     claims = jnp.zeros(cost.shape, bool).at[jnp.arange(num_boxes)[:, None], rows].max(wanted)
-    owner = jnp.argmin(jnp.where(claims, cost, jnp.inf), axis=0)
+    owner = argmin_of_boxes(jnp.where(claims, cost, jnp.inf))
     if conflict == "all":
-        owner = jnp.where(jnp.sum(claims, 0) > 1, jnp.argmin(cost, axis=0), owner)
-    return jnp.where(jnp.any(claims, 0), owner, -1).astype(jnp.int32)
+        owner = jnp.where(jnp.sum(claims, 0) > 1, argmin_of_boxes(cost), owner)
+    return jnp.where(jnp.any(claims, 0), owner, -1)
+
+
+def argmin_of_boxes(cost: Float[Array, "g a"]) -> Int[Array, " a"]:
+    """The first box of lowest cost of each anchor, without NaN.
+
+    jnp.argmin by two plain reductions, which XLA turns into vector instructions on a CPU.
+    """
+    row = jnp.arange(cost.shape[0], dtype=jnp.int32)[:, None]
+    lowest = cost == jnp.min(cost, axis=0)
+    return jnp.min(jnp.where(lowest, row, cost.shape[0]), axis=0)
 
 
 def dynamic_counts(iou: Float[Array, "g a"], candidates: Bool[Array, "g a"], top: int) -> Int[Array, " g"]:

@@ -14,6 +14,7 @@ from vrdistill_jax.assigners.assignment import (
     Anchors,
     Assignment,
     Task,
+    argmin_of_boxes,
     assign_scenes,
     on_label_level,
     pair_mask,
@@ -56,10 +57,10 @@ def assign(anchors: Anchors, boxes: Boxes, config: Any, task: Task) -> Assignmen
         if on_level.shape[1] > config.k:
             limit = -jax.lax.top_k(-on_level, config.k + 1)[0][:, -1]
         near = on_level < limit[:, None]
-        owner = jnp.argmin(jnp.where(near, distance, jnp.inf), axis=0)
+        owner = argmin_of_boxes(jnp.where(near, distance, jnp.inf))
         found = jnp.any(near, axis=0)
         if config.nearest_of_all:
-            found &= owner == jnp.argmin(distance, axis=0)
-        return jnp.where(found, owner, -1).astype(jnp.int32)
+            found &= owner == argmin_of_boxes(distance)
+        return jnp.where(found, owner, -1)
 
     return assign_scenes(assign_scene, anchors, boxes, task.rotated)

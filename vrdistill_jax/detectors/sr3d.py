@@ -11,7 +11,24 @@ from ml_collections import ConfigDict
 from vrdistill_jax.detectors import tr3d
 from vrdistill_jax.detectors.tr3d import build, decode, feature_size, loss, pyramid_config
 
-__all__ = ["build", "decode", "default_config", "feature_size", "loss", "pyramid_config"]
+__all__ = ["VARIANTS", "build", "decode", "default_config", "feature_size", "loss", "pyramid_config"]
+
+# The paper's ablations and competitors: changed entries of config.detector.
+VARIANTS: dict[str, dict[str, str]] = {
+    "sr3d": {},
+    "tr3d": {},
+    "none": {  # neither part, but the augmentation
+        "assigner": "top_k",
+        "classification_loss": "focal",
+    },
+    "spota": {"classification_loss": "focal"},
+    "ras": {"assigner": "top_k"},
+    "ota": {"assigner": "ota"},
+    "simota": {"assigner": "simota"},
+    "alignota": {"assigner": "alignota"},
+    "qfl": {"classification_loss": "qfl"},
+    "vfl": {"classification_loss": "vfl"},
+}
 
 
 def default_config(class_names, mean_sizes, oriented: bool) -> ConfigDict:

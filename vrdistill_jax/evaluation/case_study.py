@@ -1,7 +1,7 @@
 """What perfect scores would be worth: a dense detector's class scores are corrected by the ground truth before suppression.
 
-Source: "Real-Time 3D Object Detection with Inference-Aligned Learning" (SR3D, 2026), appendix B and table 6. The text leaves open
-which anchors are foreground and what a centerness replaces; the readings here are said below.
+Source: "Real-Time 3D Object Detection with Inference-Aligned Learning" (SR3D, 2026), appendix B and table 6. The text leaves
+open which anchors are foreground and what a centerness replaces; `correct_scores` says how it is read here.
 """
 
 import jax
@@ -60,7 +60,11 @@ def correct_scores(
 
 
 def centerness(xyz: Float[Array, "a 3"], boxes: Float[Array, "a 7"]) -> Float[Array, " a"]:
-    """How central each point is in its box: root of the product, over the axes of the box, of (nearer / farther face's distance).
+    """How central each point is in its box: distance of the nearer over that of the farther face, root of the axes' product.
+
+    Args:
+      xyz: f32[A, 3] metres.
+      boxes: f32[A, 7] of each point.
 
     Returns:
       f32[A] 1 at the centre, 0 on a face and outside.

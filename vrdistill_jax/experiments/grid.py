@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vrdistill_jax.experiments import alignment
 from vrdistill_jax.experiments.analysis import analyse_run
-from vrdistill_jax.experiments.protocol import repeat_tests, tests_of
+from vrdistill_jax.experiments.protocol import list_tests, repeat_tests
 from vrdistill_jax.recipes import DATASETS, DETECTOR_RECIPES, student_config
 from vrdistill_jax.train import train
 from vrdistill_jax.training.checkpoint import describe_difference
@@ -187,7 +187,7 @@ def run_cells(cells: list[Cell], study: Study, command: str) -> list[Cell]:
     for number, cell in enumerate(cells, 1):
         check_record(cell, study)
         record = study.read(cell)
-        if record is not None and len(tests_of(record)) >= study.num_tests:
+        if record is not None and len(list_tests(record)) >= study.num_tests:
             continue
         print(f"\n[{number} of {len(cells)}] {cell.name}", flush=True)
         todo = [cell]

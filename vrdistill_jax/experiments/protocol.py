@@ -1,7 +1,7 @@
 """The protocol of repeated tests: a detector is trained several times, and each training is tested several times.
 
-Every test draws other points of the scenes. Published results are the best and the mean of all of them (five trainings with five
-tests each make 25). Where a network reads every point of a scene, tests of one training coincide.
+Every test draws other points of the scenes. Published results are the best and the mean of all of them (five trainings with
+five tests each make 25). Where a network reads every point of a scene, tests of one training coincide.
 
 Source: Group-Free-3D (2021), README; SR3D (2026), section 4.1.
 """
@@ -43,7 +43,7 @@ def repeat_tests(workdir: str | pathlib.Path, record: dict[str, Any], num_tests:
     Returns:
       {"seed", "mAP@0.25", "mAP@0.5"} per test.
     """
-    tests = tests_of(record)
+    tests = list_tests(record)
     if len(tests) >= num_tests:
         return tests
     variables, config = load_inference_checkpoint(workdir)
@@ -62,7 +62,7 @@ def repeat_tests(workdir: str | pathlib.Path, record: dict[str, Any], num_tests:
     return tests
 
 
-def tests_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+def list_tests(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The tests of a run's record; a record of one test need not list it."""
     return record.get("tests") or [
         {"seed": record["config"]["seed"]} | {n: record["result"][n] for n in METRICS}
@@ -71,7 +71,7 @@ def tests_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def summarize(records: Iterable[dict[str, Any]], metric: str) -> Summary | None:
     """Best and mean of a metric over all tests of some trainings; None without any."""
-    scores = [[test[metric] for test in tests_of(record)] for record in records]
+    scores = [[test[metric] for test in list_tests(record)] for record in records]
     if not scores:
         return None
     every = [score for of_training in scores for score in of_training]

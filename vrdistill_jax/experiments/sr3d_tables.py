@@ -1,20 +1,22 @@
 """The tables of SR3D as grids of cells, beside the paper's numbers.
 
 Source of the numbers: "Real-Time 3D Object Detection with Inference-Aligned Learning" (SR3D, 2026), tables 1 to 7 (AP in %,
-ScanNet V2; table 1 SUN RGB-D, too). The text calls the assigners' table and the losses' table both 5; in print the assigners are
-table 4, as here. Ablations report means over 25 tests, table 1 best (mean).
+ScanNet V2; table 1 SUN RGB-D, too). The text calls the assigners' table and the losses' table both 5; in print the
+assigners are table 4, as here. Ablations report means over 25 tests, table 1 best (mean).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from vrdistill_jax.detectors import DETECTORS
-from vrdistill_jax.experiments.training_cost import training_cost_table
+from vrdistill_jax.detectors.sr3d import VARIANTS
 from vrdistill_jax.experiments.grid import TEACHER, Study
 from vrdistill_jax.experiments.protocol import METRICS, summarize
 from vrdistill_jax.experiments.rendering import Table, mean_and_std, percent
 from vrdistill_jax.experiments.rows import Row, Score, describe_runs, find_rows, read_records
+from vrdistill_jax.experiments.training_cost import training_cost_table
 from vrdistill_jax.losses.ranking import RDL_VARIANTS
-from vrdistill_jax.recipes import DATASETS, SR3D_VARIANTS
+from vrdistill_jax.recipes import DATASETS
 
 DATASETS_OF_TABLES: dict[int, str] = {}  # all tables use synthrooms where no dataset is named
 # Table 1: best and mean of AP25 and AP50 by whether boxes are turned (SUN RGB-D) or not (ScanNet).
@@ -35,11 +37,11 @@ PAPER_CASE_STUDY: dict[str, Score] = {"as it is": BASELINE, "gt_ctr": (70.9, 55.
 
 
 def _variant(label: str, variant: str, paper: Score | None = None) -> Row:
-    """SR3D with the changes that recipes.SR3D_VARIANTS lists."""
-    return _changed(label, {key: value for key, value in SR3D_VARIANTS[variant].items()}, paper)
+    """SR3D with the changes that detectors.sr3d.VARIANTS lists."""
+    return _changed(label, VARIANTS[variant], paper)
 
 
-def _changed(label: str, entries: dict[str, Any], paper: Score | None = None) -> Row:
+def _changed(label: str, entries: Mapping[str, Any], paper: Score | None = None) -> Row:
     """SR3D with other entries of config.detector."""
     changes = tuple((f"detector.{name}", value) for name, value in entries.items())
     return Row(label, TEACHER, (), changes, paper, "sr3d")
@@ -178,11 +180,12 @@ def _notes(records: dict[Row, list[dict]], number: int, oriented: bool) -> list[
     where = "SUN RGB-D" if number == 1 and oriented else "ScanNet V2"
     lines = [
         *describe_runs(every),
-        f"Mean ± standard deviation over trainings, of {tests} test{'s' * (tests > 1)} each. Paper: {where} at full size, 25 tests.",
+        f"Mean ± standard deviation over trainings, of {tests} test{'s' * (tests > 1)} each. Paper: {where} at full size, "
+        "25 tests.",
     ]
     if number != 6:
         lines.append(
-            "AIC: mean |score - IoU| over the last 50 steps of training, of the anchors that TR3D's assigner would choose; PCE: "
-            "the same of the 30 most certain detections of each class (smaller is better)."
+            "AIC: mean |score - IoU| over the last 50 steps of training, of the anchors that TR3D's assigner would choose; "
+            "PCE: the same of the 30 most certain detections of each class (smaller is better)."
         )
     return [*lines, f"Command: {every[0]['command']}"]

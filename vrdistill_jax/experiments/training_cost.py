@@ -66,7 +66,7 @@ def training_cost_table(title: str, study: Study) -> Table:
 
 
 def measure_inference(config: ConfigDict) -> dict[str, Any]:
-    """ "parameters", "network_ms" and "scene_to_boxes_ms" (medians of single scenes) of an untrained detector."""
+    """Measures an untrained detector: "parameters", "network_ms", "scene_to_boxes_ms" (medians of single scenes)."""
     detector = find_detector(config.detector.name)
     pyramid_config = detector.pyramid_config(config.detector)
     source = open_source(config.dataset, "val")

@@ -225,6 +225,7 @@ def _with_ending(stem: str | pathlib.Path, ending: str) -> pathlib.Path:
 
 
 def save_figure(figure: Any, stem: str | pathlib.Path) -> pathlib.Path:
+    """Writes stem.png and returns its path."""
     path = _with_ending(stem, ".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(
