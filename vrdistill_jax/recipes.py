@@ -125,6 +125,8 @@ def h3dnet_config(task: Task, size: str = "full") -> ConfigDict:
     width, num_proposals, levels, num_points = _find_size(size, VOTENET_SIZES)
     detector = h3dnet.default_config(task.class_names, task.mean_sizes, task.oriented)
     detector.width, detector.num_proposals, detector.levels = width, num_proposals, levels
+    if size == "light":  # every proposal has 18 faces and edges, each with its neighbours
+        detector.num_proposals, detector.match_neighbors = 32, 8
     if size != "full":
         detector.num_towers = 1
         for name in ("face_points", "edge_points"):
