@@ -11,7 +11,7 @@ from vrdistill_jax.benchmarks.cases import scanned_room
 from vrdistill_jax.benchmarks.recorder import Recorder, compare
 from vrdistill_jax.benchmarks.spconv_peer import make_convolution
 from vrdistill_jax.benchmarks.train_step import step_memory_mib
-from vrdistill_jax.data.class_tables import SUNRGBD_CLASSES, SUNRGBD_MEAN_SIZES
+from vrdistill_jax.data.class_tables import SCANNET_CLASSES, SCANNET_MEAN_SIZES
 from vrdistill_jax.data.loader import stack_trees
 from vrdistill_jax.detectors import tr3d
 from vrdistill_jax.geometry.host import voxels
@@ -47,7 +47,7 @@ def run(recorder: Recorder, cloud: np.ndarray | None = None) -> None:
 
 
 def _time_network(recorder: Recorder, xyz: np.ndarray, voxel_size: float, width: float) -> None:
-    config = tr3d.default_config(SUNRGBD_CLASSES, SUNRGBD_MEAN_SIZES, True)
+    config = tr3d.default_config(SCANNET_CLASSES, SCANNET_MEAN_SIZES, False)
     config.voxel_size, config.width = voxel_size, width
     pyramid_config, model = tr3d.pyramid_config(config), tr3d.build(config)
     mask = np.ones(len(xyz), bool)
