@@ -5,6 +5,7 @@ import sys
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vrdistill_jax.benchmarks.cases import scanned_room
@@ -24,6 +25,7 @@ from vrdistill_jax.training.state import count_parameters, init_variables
 CLOUDS = ((20_000, 0.01), (5_000, 0.04))  # points, voxel size: those of our reference figures
 CONVOLUTION_VOXELS = (0.04, 0.02, 0.01)  # of the whole cloud: many, some and few neighbours
 SIZE = 64  # channels of the single convolution
+PRODUCT = "for scale: 2048^3 product (17 GFLOP)"
 SAME = 1e-4  # of the largest output: how far spconv's may differ from ours
 
 
@@ -63,6 +65,8 @@ def _time_network(recorder: Recorder, xyz: np.ndarray, voxel_size: float, width:
     compiled = forward.lower(variables, points, pyramid).compile()
     held = variables, *jax.device_put((points, pyramid))
     fine_rows = int(pyramid.levels[TR3D_LEVELS[0]].mask.sum())
+    # In the same moment on the same machine: how fast arithmetic can be at all.
+    square, product = jax.random.normal(jax.random.key(1), (2048, 2048)), jax.jit(jnp.matmul)
     case = f"TR3D, {len(xyz)} points, {100 * voxel_size:g} cm"
     rows = recorder.time_in_turn(
         "sparse",
@@ -71,6 +75,7 @@ def _time_network(recorder: Recorder, xyz: np.ndarray, voxel_size: float, width:
             "pyramid (host, one core)": build,
             "network": lambda: compiled(*held),
             "total: cloud to head": lambda: compiled(variables, points, build()),
+            PRODUCT: partial(product, square, square),
         },
     )
     rows["network"] |= {
