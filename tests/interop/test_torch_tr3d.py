@@ -67,6 +67,7 @@ def mmdet3d_state(state):
     return renamed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["scannet", "sunrgbd"])
 def test_official_tensors_land_where_the_network_reads_them(dataset):
     state = official_state(dataset)
@@ -128,6 +129,7 @@ def test_unknown_dataset():
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_keys_of_both_projects(shared):
     keys = json.loads((shared / "golden/tr3d_sunrgbd/state_dict_keys.json").read_text())["keys"]
     state = {name: np.zeros(entry["shape"], np.float32) for name, entry in keys.items()}

@@ -23,7 +23,7 @@ from vrdistill_jax.structs import Points, VoxelLevelConfig, VoxelPyramid, VoxelP
 from vrdistill_jax.training.state import count_parameters, init_variables
 
 CLOUDS = ((20_000, 0.01), (5_000, 0.04))  # points, voxel size: those of our reference figures
-CONVOLUTION_VOXELS = (0.04, 0.02, 0.01)  # of the whole cloud: many, some and few neighbours
+CONVOLUTION_VOXELS = (0.04, 0.02, 0.01)  # of 40,000 points: many, some and few neighbours
 SIZE = 64  # channels of the single convolution
 PRODUCT = "for scale: 2048^3 product (17 GFLOP)"
 SAME = 1e-4  # of the largest output: how far spconv's may differ from ours
@@ -45,7 +45,7 @@ def run(recorder: Recorder, cloud: np.ndarray | None = None) -> None:
             continue
         _time_network(recorder, xyz[:num_points], voxel_size, 0.125 if quick else 1.0)
     for voxel_size in (0.04,) if quick else CONVOLUTION_VOXELS:
-        _time_convolution(recorder, xyz[: 4000 if quick else None], voxel_size)
+        _time_convolution(recorder, xyz[: 4000 if quick else 40_000], voxel_size)
 
 
 def _time_network(recorder: Recorder, xyz: np.ndarray, voxel_size: float, width: float) -> None:
