@@ -36,6 +36,7 @@ from vrdistill_jax.interop.torch_three_detr import variables_from_three_detr, va
 from vrdistill_jax.interop.torch_tr3d import variables_from_tr3d
 from vrdistill_jax.interop.torch_votenet import variables_from_votenet
 from vrdistill_jax.structs import (
+    AnyPyramid,
     Interpolation,
     PointPyramid,
     Points,
@@ -118,6 +119,7 @@ def expected_variables(config: ConfigDict) -> Variables:
     model = detector.build(config.detector)
     features = detector.feature_size(config.detector.input_features)
     pyramid_config = detector.pyramid_config(config.detector)
+    pyramid: AnyPyramid
     if isinstance(pyramid_config, VoxelPyramidConfig):
         count, pyramid = 1, _voxel_pyramid_of_a_point(pyramid_config)
     else:

@@ -12,11 +12,12 @@ EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "docs" / "examples"
 @pytest.mark.slow
 def test_the_sparse_unet_learns():
     script = runpy.run_path(str(EXAMPLES / "sparse_unet.py"), run_name="example")
-    losses, accuracy, background = script["train"](num_rooms=4, num_points=500, size=4, steps=12)
+    losses, accuracy, of_objects, background = script["train"](num_rooms=4, num_points=500, size=4, steps=12)
     assert len(losses) == 12
     assert np.isfinite(losses).all()
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
     assert 0 < accuracy <= 1
+    assert 0 <= of_objects <= 1
     assert 0.2 < background < 1
 
 

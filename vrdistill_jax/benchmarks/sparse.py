@@ -2,7 +2,9 @@
 
 import resource
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +63,12 @@ def _time_network(recorder: Recorder, xyz: np.ndarray, voxel_size: float, width:
 
     pyramid = build()
     variables = init_variables(model, jax.random.key(0), points, pyramid)
-    forward = jax.jit(lambda v, points, p: model.apply(v, points, p, train=False).raw.head)
+
+    @jax.jit
+    def forward(variables, points, pyramid):
+        output: Any = model.apply(variables, points, pyramid, train=False)
+        return output.raw.head
+
     compiled = forward.lower(variables, points, pyramid).compile()
     held = variables, *jax.device_put((points, pyramid))
     fine_rows = int(pyramid.levels[TR3D_LEVELS[0]].mask.sum())
@@ -102,7 +109,7 @@ def _time_convolution(recorder: Recorder, xyz: np.ndarray, voxel_size: float) ->
 
     maps = {name: build(tiles) for name, tiles in (("dense", False), ("by pairs", True))}
     present = float((maps["dense"].index >= 0).mean())
-    stages = {}
+    stages: dict[str, Callable[[], Any]] = {}
     for name, kernel_map in maps.items():
         held = jax.device_put(kernel_map)
         stages[f"map, {name} (host)"] = partial(build, kernel_map.tiles is not None)
@@ -122,9 +129,9 @@ def _time_convolution(recorder: Recorder, xyz: np.ndarray, voxel_size: float) ->
     compare(best, rows["spconv with map"])
     compare(rows["convolution, by pairs"], rows["spconv, map cached"])
     reference = np.asarray(product(x, kernel, maps["dense"]))[0]
-    error = float(np.abs(map_and_product() - reference).max() / np.abs(reference).max())
-    if not error < SAME:
-        recorder.failures.append(f"sparse, spconv: outputs are {error:.1e} off ours; the ratio is void")
+    difference = float(np.abs(map_and_product() - reference).max() / np.abs(reference).max())
+    if not difference < SAME:
+        recorder.failures.append(f"sparse, spconv: outputs are {difference:.1e} off ours; the ratio is void")
 
 
 def _add(*rows: dict) -> dict:

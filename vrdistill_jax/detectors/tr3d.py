@@ -157,7 +157,7 @@ class TR3D(nn.Module):
             box_channels=channels,
             class_logits=self.class_head(joined),
             mask=jnp.concatenate([level.mask for level in neck], 1),
-            level=np.repeat(np.arange(2, dtype=np.int32), [x.shape[1] for x in xyz]),
+            level=jnp.asarray(np.repeat(np.arange(2, dtype=np.int32), [x.shape[1] for x in xyz])),
         )
         taps = {
             f"level{n}": PointSet(at, level.features, level.mask, jnp.full(level.mask.shape, -1))

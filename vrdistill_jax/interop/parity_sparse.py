@@ -141,7 +141,7 @@ def build_case(name: str, stored: CaseArrays, log: dict[str, Any], config: Voxel
 
 def _numbered(stored: dict[str, np.ndarray], stem: str) -> list[np.ndarray]:
     """stem0, stem1, ... as far as there are any."""
-    found = []
+    found: list[np.ndarray] = []
     while f"{stem}{len(found)}" in stored:
         found.append(stored[f"{stem}{len(found)}"])
     return found
@@ -273,8 +273,8 @@ def check_detections(
             margins.get("margin_at_1000", np.inf), margins.get("min_dist_to_score_thr_among_top1000", np.inf)
         )
         allowed = 0 if noise[b] < decided else max(2, len(theirs[0]) // 100)
-        matched = np.isin(np.arange(len(boxes)), pairs[:, 0]), np.isin(np.arange(len(theirs[0])), pairs[:, 1])
-        matched = np.concatenate(matched)
+        rows = np.isin(np.arange(len(boxes)), pairs[:, 0]), np.isin(np.arange(len(theirs[0])), pairs[:, 1])
+        matched = np.concatenate(rows)
         table.add_exact(f"{case.name}:det{b} matched", matched, np.ones_like(matched), allowed)
         if len(pairs):
             ours, reference = boxes[pairs[:, 0]], theirs[0][pairs[:, 1]]

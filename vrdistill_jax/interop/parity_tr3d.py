@@ -207,9 +207,9 @@ def check_boxes(table: ParityTable, case: SparseCase, head: HeadOutput) -> None:
             theirs, rows, label = case.stored[name], level_rows(head, b, n), f"{case.name}:{name}"
             channels = case.stored[f"head{n}/bbox_preds{b}"]
             points, ours = np.asarray(head.points[b])[rows], np.asarray(head.box_channels[b])[rows]
-            decoded = np.asarray(tr3d.boxes_from_head(points, channels))[::step]
+            decoded = np.asarray(tr3d.boxes_from_head(jnp.asarray(points), jnp.asarray(channels)))[::step]
             table.add(f"{label} decoding", decoded, theirs, DECODED)
-            boxes = np.asarray(tr3d.boxes_from_head(points, ours))[::step]
+            boxes = np.asarray(tr3d.boxes_from_head(jnp.asarray(points), jnp.asarray(ours)))[::step]
             # The height is the sum of two sizes.
             add_absolute(table, label, boxes[:, :6], theirs[:, :6], 2 * case.tolerance("bbox_preds"))
             if channels.shape[1] == 8:
@@ -243,7 +243,9 @@ def check_losses(table: ParityTable, case: SparseCase, head: HeadOutput, config:
                 add_absolute(table, f"{label} loss_cls{b}", per_location, theirs, logit)
             if f"loss_cls_sum{suffix}{b}" in case.stored:
                 theirs = case.stored[f"loss_cls_sum{suffix}{b}"]
-                table.add(f"{label} loss_cls_sum{b}", np.sum(per_location, dtype=np.float64), theirs, logit)
+                table.add(
+                    f"{label} loss_cls_sum{b}", np.asarray(per_location.sum(dtype=np.float64)), theirs, logit
+                )
         if variant == "samsung":
             loss = jax.jit(lambda head, scene, own=own: losses_of_head(head, scene, own))
             check_terms(table, case, "eval", loss(head, case.scene), max(box, logit))
@@ -251,7 +253,10 @@ def check_losses(table: ParityTable, case: SparseCase, head: HeadOutput, config:
 
 def unreduced_losses(head: HeadOutput, scene: Scene, config: Any) -> tuple[Array, Array, Array]:
     """Box of each anchor (-1 none), focal loss summed over classes, DIoU loss of positives: i32, f32, f32 [B, A]."""
-    gt_index, boxes = tr3d.assign_targets(head, scene, config).gt_index, scene.boxes
+    boxes = scene.boxes
+    if boxes is None:
+        raise ValueError("the losses need scene.boxes")
+    gt_index = tr3d.assign_targets(head, scene, config).gt_index
     row = jnp.maximum(gt_index, 0)
     label = jnp.where(gt_index >= 0, gather_rows(boxes.label, row), -1)
     target = gather_rows(join_boxes(boxes.center, boxes.size, boxes.yaw), row)
@@ -348,10 +353,12 @@ def check_gradients(
         table.add(f"{case.name}:{name}", gradient[rule.ours], rule.convert(value), worst)
         errors.append(table.rows[-1].error)
     if errors:
-        table.add(f"{case.name}:grad, median of the errors", np.median(errors), 0.0, typical)
+        table.add(
+            f"{case.name}:grad, median of the errors", np.asarray(np.median(errors)), np.asarray(0.0), typical
+        )
     for name, value in norms.items():
         parameter = name.removeprefix("norm/")
-        norm = np.linalg.norm(np.asarray(gradient[rules[parameter].ours], np.float64))
+        norm = np.asarray(np.linalg.norm(np.asarray(gradient[rules[parameter].ours], np.float64)))
         table.add(f"{case.name}:|grad {parameter}|", norm, value, worst_norm)
 
 

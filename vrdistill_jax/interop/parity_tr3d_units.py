@@ -40,15 +40,15 @@ def check_units(table: ParityTable, stored: dict[str, np.ndarray], config: Any) 
     for name, value in stored.items():
         group, _, entry = name.partition("/")
         groups.setdefault(group, {})[entry] = value
-    for name, group in groups.items():
-        compared = CHECKS[name](table, group, config) if name in CHECKS else set()
-        table.skipped += [f"units:{name}/{entry} (unknown)" for entry in group if entry not in compared]
+    for label, arrays in groups.items():
+        compared = CHECKS[label](table, arrays, config) if label in CHECKS else set()
+        table.skipped += [f"units:{label}/{entry} (unknown)" for entry in arrays if entry not in compared]
 
 
 def check_turned_boxes(table: ParityTable, group: Group, config: Any) -> set[str]:
     """Overlaps and DIoU losses of pairs of turned boxes."""
     del config
-    pred, target = group["pred"], group["target"]
+    pred, target = jnp.asarray(group["pred"]), jnp.asarray(group["target"])
     sum_of_losses = jax.grad(lambda p: jnp.sum(diou_loss(p, target, reference=True)))
     ours = {
         "bev_intersection": (jax.jit(bev_intersection)(pred, target), VALUES),
@@ -85,7 +85,7 @@ def check_focal_loss(table: ParityTable, group: Group, config: Any) -> set[str]:
     """Focal loss per entry and its gradient; the background is the class behind the last."""
     del config
     logits, target = group["logits"], group["target"].astype(np.int32)
-    label = np.where(target < logits.shape[-1], target, -1)
+    label = jnp.asarray(np.where(target < logits.shape[-1], target, -1))
     ours = {}
     for name in group:
         if "grad" in name:
