@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vrdistill_jax import benchmark
-from vrdistill_jax.benchmarks import cases, peers, recorder
+from vrdistill_jax.benchmarks import cases, peers, recorder, sparse
 from vrdistill_jax.benchmarks.recorder import QUICK, Effort, Recorder, compare, measure
 from vrdistill_jax.benchmarks.torch_votenet import import_torch
 
@@ -143,6 +143,44 @@ def test_the_cloud_is_a_room_and_always_the_same():
         cases.scanned_room(90000)
 
 
+def test_a_sparse_convolution_is_measured_in_both_forms_and_beside_its_peer():
+    record = quiet()
+    sparse._time_convolution(record, cases.room_cloud(500), 0.1)
+    names = {row["stage"] for row in record.rows}
+    assert {
+        "map, dense (host)",
+        "convolution, dense",
+        "map, by pairs (host)",
+        "convolution, by pairs",
+    } <= names
+    (case,) = {row["case"] for row in record.rows}
+    assert "voxels" in case
+    if record.skipped:
+        assert record.skipped[0]["reason"].startswith("not installed: pip install torch spconv")
+    else:
+        assert {row["stage"] for row in record.rows if "ratio" in row} == {
+            "spconv with map",
+            "spconv, map cached",
+        }
+    assert record.failures == []
+
+
+@pytest.mark.slow
+def test_suite_sparse_times_tr3d_from_cloud_to_head():
+    rows = stages(benchmark.benchmark(("sparse",), QUICK), "sparse", "TR3D")
+    assert set(rows) == {"pyramid (host, one core)", "network", "total: cloud to head", sparse.PRODUCT}
+    assert rows["network"]["parameters"] > 10_000
+    assert rows["total: cloud to head"]["peak_memory_mib"] > 50
+    total, parts = rows["total: cloud to head"]["min_ms"], rows["network"]["min_ms"]
+    assert total > 0.5 * parts
+
+
+def test_clouds_too_small_for_a_case_are_skipped():
+    record = Recorder(Effort(seconds=0, min_calls=1, max_calls=1), say=lambda line: None)
+    sparse.run(record, cases.room_cloud(400))
+    assert [entry["stage"] for entry in record.skipped[:2]] == ["20000 points", "5000 points"]
+
+
 def test_unknown_suites_list_the_known_ones():
     with pytest.raises(
         ValueError, match="unknown suite 'speed'; known: pyramid, votenet, train_step, distill_step, peers"
@@ -168,7 +206,11 @@ def test_the_verb_prints_a_table_and_writes_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--suite=speed"], "pyramid"), (["--json=nowhere/out.json", "--quick"], "nowhere does not exist")],
+    [
+        (["--suite=speed"], "pyramid"),
+        (["--json=nowhere/out.json", "--quick"], "nowhere does not exist"),
+        (["--suite=pyramid", "--cloud=scan.ply"], "--cloud goes with --suite=sparse"),
+    ],
 )
 def test_bad_input_is_one_message_and_exit_2(arguments, message, tmp_path):
     done = run(*arguments, cwd=tmp_path)

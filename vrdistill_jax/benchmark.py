@@ -6,8 +6,8 @@
 Suites: pyramid (sampling and neighbour search, host and device), votenet (cloud to boxes at batch 1, three widths),
 train_step (configs/synthrooms.py, batch 8), distill_step (VRDistill's step beside the teacher's forward pass and the plain
 step, timed in turn), peers (the same work by torch, scipy and fpsample, where installed). Only on request: loader (from a
-stored scene to the network's input), train_step_full (train_step at VoteNet's published size).
-Needs no download: it measures on procedural rooms.
+stored scene to the network's input), sparse (TR3D, and single sparse convolutions beside spconv), train_step_full (train_step
+at VoteNet's published size). Needs no download: it measures on procedural rooms; --cloud=FILE gives sparse a scan of yours.
 
 Every stage is called twice to compile and warm up, then timed call by call until --seconds have passed; JAX results are
 waited for. The file of --json holds
@@ -17,7 +17,8 @@ waited for. The file of --json holds
   load_average  [before, after], 1, 5 and 15 minutes: figures of a busy machine are upper bounds
   rows          one per stage: suite, case, stage, p50_ms, p95_ms, min_ms (wall clock), cpu_ms (least processor time of
                 all threads), calls; where they apply scenes_per_s (at the median), memory_mib (arguments, results and
-                temporaries of the compiled step), parameters, cloud_points (before subsampling), ratio_to_sum
+                temporaries of the compiled step), peak_memory_mib (the most that the process has held so far),
+                parameters, cloud_points (before subsampling), fine_rows (voxels of TR3D's finest output), ratio_to_sum
                 (distillation step / its two parts), and for peers ratio and ratio_of_minima (peer's time / ours) and
                 share_same (outputs that agree with ours)
   skipped       suite, stage, reason
@@ -32,11 +33,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 from absl import flags
 
-from vrdistill_jax.benchmarks import distill_step, loader, peers, pyramid, train_step, votenet
+from vrdistill_jax.benchmarks import distill_step, loader, peers, pyramid, sparse, train_step, votenet
 from vrdistill_jax.benchmarks.recorder import QUICK, Effort, Recorder, describe_machine
 from vrdistill_jax.command_line import run_verb
+from vrdistill_jax.data.point_checks import check_points
+from vrdistill_jax.data.point_files import read_points
 
 SUITES: dict[str, Callable[[Recorder], None]] = {
     "pyramid": pyramid.run,
@@ -45,17 +49,21 @@ SUITES: dict[str, Callable[[Recorder], None]] = {
     "distill_step": distill_step.run,
     "peers": peers.run,  # after our own suites: torch keeps threads once it is imported
     "loader": loader.run,
+    "sparse": sparse.run,
     "train_step_full": partial(train_step.run, size="full"),
 }
 DEFAULT_SUITES = ("pyramid", "votenet", "train_step", "distill_step", "peers")
 
 
-def benchmark(suites: tuple[str, ...] = DEFAULT_SUITES, effort: Effort | None = None) -> dict[str, Any]:
+def benchmark(
+    suites: tuple[str, ...] = DEFAULT_SUITES, effort: Effort | None = None, cloud: np.ndarray | None = None
+) -> dict[str, Any]:
     """Runs suites and prints a line per stage as it goes.
 
     Args:
       suites: names of SUITES.
       effort: how long each stage is measured; None for the default.
+      cloud: f32[n, 3] metres, what suite sparse measures on; None for a generated room.
 
     Returns:
       What --json holds.
@@ -70,7 +78,10 @@ def benchmark(suites: tuple[str, ...] = DEFAULT_SUITES, effort: Effort | None = 
     environment = describe_machine()
     for name in suites:
         recorder.say(f"{name}:")
-        SUITES[name](recorder)
+        if name == "sparse":
+            sparse.run(recorder, cloud)
+        else:
+            SUITES[name](recorder)
     return {
         "schema": 1,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -103,6 +114,7 @@ def render(result: dict[str, Any]) -> str:
             for name, text in (
                 ("scenes_per_s", "{:.1f} scenes/s"),
                 ("memory_mib", "{:.0f} MiB"),
+                ("peak_memory_mib", "process: {:.0f} MiB at most"),
                 ("ratio", "{:.2f} x ours"),
                 ("ratio_of_minima", "(minima {:.2f} x)"),
                 ("ratio_to_sum", "{:.2f} x the two above"),
@@ -120,6 +132,7 @@ def define_flags() -> None:
     """Declares the verb's flags; not at import, because other verbs use the same names."""
     flags.DEFINE_enum("suite", None, list(SUITES), f"Which suite; by default {', '.join(DEFAULT_SUITES)}.")
     flags.DEFINE_string("json", None, "Also write the result to this file.")
+    flags.DEFINE_string("cloud", None, "A scan for suite sparse, read as predict reads it.")
     flags.DEFINE_float("seconds", Effort().seconds, "Timed seconds per stage.", 0.0)
     flags.DEFINE_bool("quick", False, "Small inputs and few calls, to see that everything runs.")
 
@@ -131,7 +144,10 @@ def main() -> int:
     if output and not output.parent.is_dir():
         raise ValueError(f"--json={output}: the folder {output.parent} does not exist")
     effort = QUICK if options.quick else Effort(seconds=options.seconds)
-    result = benchmark((options.suite,) if options.suite else DEFAULT_SUITES, effort)
+    if options.cloud and options.suite != "sparse":
+        raise ValueError("--cloud goes with --suite=sparse; the other suites measure on generated rooms")
+    cloud = check_points(read_points(options.cloud)).cloud.xyz if options.cloud else None
+    result = benchmark((options.suite,) if options.suite else DEFAULT_SUITES, effort, cloud)
     print("\n" + render(result))
     if output:
         output.write_text(json.dumps(result, indent=1))

@@ -163,9 +163,7 @@ class TR3D(nn.Module):
             box_channels=channels,
             class_logits=self.class_head(joined),
             mask=jnp.concatenate([level.mask for level in neck], 1),
-            level=jnp.repeat(
-                jnp.arange(2), np.array([x.shape[1] for x in xyz]), total_repeat_length=joined.shape[1]
-            ),
+            level=jnp.asarray(np.repeat(np.arange(2, dtype=np.int32), [x.shape[1] for x in xyz])),
         )
         taps = {
             f"level{n}": PointSet(at, level.features, level.mask, None)
@@ -289,8 +287,9 @@ def build(config: Any, norm_axis_name: str | None = None) -> TR3D:
 
 
 def pyramid_config(config: Any) -> VoxelPyramidConfig:
-    """What the loader computes for each cloud."""
-    return tr3d_pyramid_config(config.voxel_size, tuple(tuple(rung) for rung in config.capacities))
+    """What the loader computes for each cloud; on a CPU the maps of the first stage list their pairs too."""
+    capacities = tuple(tuple(rung) for rung in config.capacities)
+    return tr3d_pyramid_config(config.voxel_size, capacities, tiles=jax.default_backend() == "cpu")
 
 
 def boxes_from_head(points: Float[Array, "*b 3"], channels: Float[Array, "*b c"]) -> Float[Array, "*b 7"]:

@@ -53,16 +53,19 @@ class VoxelFeatures(NamedTuple):
 
 
 def tr3d_pyramid_config(
-    voxel_size: float = 0.01, capacities: tuple[tuple[int, ...], ...] = ()
+    voxel_size: float = 0.01, capacities: tuple[tuple[int, ...], ...] = (), tiles: bool = False
 ) -> VoxelPyramidConfig:
     """The pyramid that SparseResNet and TR3DNeck read.
 
     Args:
       voxel_size: metres.
       capacities: rungs of nine numbers, see `geometry.host.voxel_pyramid.make_capacities`.
+      tiles: whether the first stage's maps also list their pairs, which is faster on a CPU: its voxels have few neighbours.
     """
     made = (GeneratedLevelConfig(6, 3), GeneratedLevelConfig(7, 3))
-    return VoxelPyramidConfig(voxel_size, _encoder_levels(), made, capacities)
+    levels = list(_encoder_levels())
+    levels[FIRST_STAGE] = levels[FIRST_STAGE]._replace(tiles=tiles)
+    return VoxelPyramidConfig(voxel_size, tuple(levels), made, capacities)
 
 
 def fcaf3d_pyramid_config(
