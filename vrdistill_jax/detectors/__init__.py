@@ -11,7 +11,7 @@ where `config` is `config.detector`. A network whose proposals can be compared o
 
 from types import ModuleType
 
-from vrdistill_jax.detectors import groupfree3d, h3dnet, sr3d, three_detr, tr3d, votenet
+from vrdistill_jax.detectors import fcaf3d, groupfree3d, h3dnet, sr3d, three_detr, tr3d, votenet
 
 DETECTORS: dict[str, ModuleType] = {
     "votenet": votenet,
@@ -21,6 +21,7 @@ DETECTORS: dict[str, ModuleType] = {
     "3detr_m": three_detr,
     "tr3d": tr3d,
     "sr3d": sr3d,
+    "fcaf3d": fcaf3d,
 }
 
 
