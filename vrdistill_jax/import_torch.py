@@ -14,24 +14,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from vrdistill_jax.command_line import run_verb
 from vrdistill_jax.detectors import find_detector
+from vrdistill_jax.geometry.host.voxel_pyramid import build_voxel_pyramid
 from vrdistill_jax.interop.keras_votenet import variables_from_keras
 from vrdistill_jax.interop.name_map import Variables, check_shapes
 from vrdistill_jax.interop.parity import ParityTable
 from vrdistill_jax.interop.parity_groupfree3d import check_groupfree3d
 from vrdistill_jax.interop.parity_h3dnet import check_h3dnet
 from vrdistill_jax.interop.parity_three_detr import check_three_detr
+from vrdistill_jax.interop.parity_tr3d import check_tr3d
 from vrdistill_jax.interop.parity_votenet import check_votenet
 from vrdistill_jax.interop.torch_file import read_torch_file
 from vrdistill_jax.interop.torch_groupfree3d import variables_from_groupfree3d
 from vrdistill_jax.interop.torch_h3dnet import variables_from_h3dnet
 from vrdistill_jax.interop.torch_three_detr import variables_from_three_detr, variables_from_three_detr_m
+from vrdistill_jax.interop.torch_tr3d import variables_from_tr3d
 from vrdistill_jax.interop.torch_votenet import variables_from_votenet
-from vrdistill_jax.structs import Interpolation, PointPyramid, Points, PyramidConfig, PyramidLevel
+from vrdistill_jax.structs import (
+    Interpolation,
+    PointPyramid,
+    Points,
+    PyramidConfig,
+    PyramidLevel,
+    VoxelPyramid,
+    VoxelPyramidConfig,
+)
 from vrdistill_jax.training.checkpoint import save_inference_checkpoint
 from vrdistill_jax.training.state import count_parameters
 
@@ -50,6 +62,7 @@ IMPORTERS = {
     "h3dnet": Importer(variables_from_h3dnet, check_h3dnet),
     "3detr": Importer(variables_from_three_detr, check_three_detr),
     "3detr_m": Importer(variables_from_three_detr_m, check_three_detr),
+    "tr3d": Importer(variables_from_tr3d, check_tr3d),
 }
 
 
@@ -104,9 +117,12 @@ def expected_variables(config: ConfigDict) -> Variables:
     detector = find_detector(config.detector.name)
     model = detector.build(config.detector)
     features = detector.feature_size(config.detector.input_features)
-    count = 2 * config.detector.levels[0][0]
+    pyramid_config = detector.pyramid_config(config.detector)
+    if isinstance(pyramid_config, VoxelPyramidConfig):
+        count, pyramid = 1, _voxel_pyramid_of_a_point(pyramid_config)
+    else:
+        count, pyramid = 2 * pyramid_config.levels[0].num_centers, _empty_pyramid(pyramid_config)
     points = Points(jnp.zeros((1, count, 3)), jnp.zeros((1, count, features)), jnp.ones((1, count), bool))
-    pyramid = _empty_pyramid(detector.pyramid_config(config.detector))
     return jax.eval_shape(lambda: model.init(jax.random.key(0), points, pyramid, train=False))
 
 
@@ -125,6 +141,11 @@ def _empty_pyramid(config: PyramidConfig) -> PointPyramid:
     return PointPyramid(levels, tuple(Interpolation(index(m, 3), jnp.zeros((1, m, 3))) for m in fine))
 
 
+def _voxel_pyramid_of_a_point(config: VoxelPyramidConfig) -> VoxelPyramid:
+    pyramid = build_voxel_pyramid(np.zeros((1, 3), np.float32), np.ones(1, bool), config)
+    return jax.tree.map(lambda array: array[None], pyramid)
+
+
 def define_flags() -> None:
     """Declares the verb's flags; not at import, because other verbs use the same names."""
     flags.DEFINE_string("detector", "votenet", "Which network the checkpoint is of.")
@@ -132,7 +153,11 @@ def define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "The file: .pth, .tar, .pth.xz or .h5.")
     flags.DEFINE_string("output", None, "Folder for the imported checkpoint.")
     flags.DEFINE_string("golden", None, "Folder of reference numbers to compare with.")
-    flags.DEFINE_string("inputs", None, "Folder of inputs.npz and labels.npz, if not the golden one.")
+    flags.DEFINE_string(
+        "inputs",
+        None,
+        "Folder of the inputs, if not the golden one: inputs.npz and labels.npz, or CASE_inputs.npz.",
+    )
 
 
 def main() -> int:

@@ -1,0 +1,366 @@
+"""Compares our TR3D with the authors': voxels, features, head, boxes, assignments, losses, gradients, batch norm, detections.
+
+A golden folder holds any of the cases below (see `parity_sparse`), units.npz, and for the full-width cases a recipe of weights.
+The narrow cases take the weights that are being imported.
+"""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from vrdistill_jax.detectors import tr3d
+from vrdistill_jax.detectors.tr3d import HeadOutput
+from vrdistill_jax.geometry.boxes import join_boxes
+from vrdistill_jax.geometry.indexing import gather_rows
+from vrdistill_jax.interop.name_map import Variables, flatten
+from vrdistill_jax.interop.parity import ParityTable, has_file, load_arrays
+from vrdistill_jax.interop.parity_sparse import (
+    SLACK,
+    SparseCase,
+    add_absolute,
+    build_case,
+    check_detections,
+    check_input,
+    check_level,
+    read_case_arrays,
+    recipe_tensors,
+    score_noise,
+)
+from vrdistill_jax.interop.parity_tr3d_units import check_units
+from vrdistill_jax.interop.torch_tr3d import tr3d_rules, variables_from_tr3d
+from vrdistill_jax.losses.box import diou_loss
+from vrdistill_jax.losses.classification import focal_loss
+from vrdistill_jax.nn.norm import update_running
+from vrdistill_jax.structs import DetectorOutput, Scene
+
+NARROW_CASES = ("narrow_small", "narrow_batch2_train")
+FULL_CASES = ("full_small", "full_large")
+RECIPE = ("full_weights_recipe.json", "full_weights_small.npz")
+# The assigner of the authors' repository, and mmdetection3d's; what is called so has the second one's name at its end.
+VARIANTS = {"samsung": "", "mmdet3d": "_mmdet3d"}
+DECODED = 1e-5  # boxes from the same channels: a few roundings of numbers of some metres
+TRAIN = 10.0  # batch statistics divide by the spread of this batch, layer after layer: errors grow more than in evaluation
+STATISTICS = 1e-5
+GRADIENT = 3e-2  # without float64 numbers: the reference's float32 gradients are up to 2.4 % off
+NORM_MOMENTUM = 0.1
+LOSSES = {"box": "bbox_loss", "class": "cls_loss"}
+
+
+def check_tr3d(
+    variables: Variables,
+    config: ConfigDict,
+    golden: str | pathlib.Path,
+    inputs: str | pathlib.Path | None = None,
+) -> ParityTable:
+    """Runs every comparison that the golden folder has numbers for.
+
+    Args:
+      variables: imported from the folder's narrow weights.
+      config: the whole config that belongs to them.
+      golden: the folder.
+      inputs: folder of CASE_inputs.npz, if elsewhere.
+
+    Returns:
+      The table; what the folder lacks is listed in `skipped`.
+
+    Raises:
+      ValueError: if there is no case at all, or a case lacks its inputs or its log, or files contradict each other.
+    """
+    golden, inputs = pathlib.Path(golden), pathlib.Path(inputs or golden)
+    table = ParityTable()
+    cases = [name for name in (*NARROW_CASES, *FULL_CASES) if has_file(table, golden / f"{name}.npz")]
+    if not cases:
+        raise ValueError(f"{golden} holds none of {', '.join((*NARROW_CASES, *FULL_CASES))} (.npz)")
+    weights = dict.fromkeys(NARROW_CASES, (variables, config))
+    if set(cases) & set(FULL_CASES) and all(has_file(table, golden / file) for file in RECIPE):
+        full = variables_from_tr3d(recipe_tensors(golden), config.dataset.name)
+        weights |= dict.fromkeys(FULL_CASES, full)
+    for name in cases:
+        if name in weights:
+            case, detector = read_case(golden, inputs, name, weights[name][1])
+            check_case(table, case, weights[name][0], detector)
+            if f"train_{LOSSES['box']}" in case.stored:
+                path = golden / f"{name}_grad64.npz"
+                exact = load_arrays(path) if has_file(table, path) else {}
+                check_training(table, case, exact, weights[name][0], detector)
+        else:
+            table.skipped.append(f"{name}: no weights for it")
+    if has_file(table, golden / "units.npz"):
+        check_units(table, load_arrays(golden / "units.npz"), config.detector)
+    return table
+
+
+def read_case(
+    golden: pathlib.Path, inputs: pathlib.Path, name: str, config: ConfigDict
+) -> tuple[SparseCase, ConfigDict]:
+    """A case, and config.detector as it needs it.
+
+    Raises:
+      ValueError: if its files are incomplete or do not fit the checkpoint.
+    """
+    stored, log = read_case_arrays(golden, inputs, name)
+    detector = ConfigDict(config.detector.to_dict())
+    detector.voxel_size, detector.reference_diou = float(stored["voxel_size"]), True
+    columns = 3 + tr3d.feature_size(detector.input_features)
+    if stored["points0"].shape[1] != columns:
+        raise ValueError(
+            f"{name}: points0 has {stored['points0'].shape[1]} columns, the checkpoint reads {columns}"
+        )
+    boxes = stored.get("head0/bbox_preds0")
+    if boxes is not None and boxes.shape[1] != (8 if detector.oriented else 6):
+        raise ValueError(f"{name} has {boxes.shape[1]} box channels; it is of the other --dataset")
+    return build_case(name, stored, log, tr3d.pyramid_config(detector)), detector
+
+
+def check_case(table: ParityTable, case: SparseCase, variables: Variables, config: Any) -> None:
+    """The network in evaluation mode.
+
+    Args:
+      table: gets the rows.
+      case: one cloud or a batch.
+      variables: of the network.
+      config: config.detector, with the case's voxel size.
+    """
+    model = tr3d.build(config)
+    forward = jax.jit(lambda v, points, pyramid: model.apply(v, points, pyramid, train=False))
+    output = jax.tree.map(np.asarray, forward(variables, case.scene.points, case.pyramid))
+    head = output.raw.head
+
+    check_input(table, case)
+    levels = case.pyramid.levels
+    check_level(
+        table,
+        case,
+        "stem",
+        levels[2].coords,
+        levels[2].mask,
+        output.raw.backbone.stem,
+        case.tolerance("backbone0"),
+    )
+    for n, features in enumerate(output.raw.backbone.stages):
+        level = levels[3 + n]
+        check_level(
+            table, case, f"backbone{n}", level.coords, level.mask, features, case.tolerance(f"backbone{n}")
+        )
+    for n, (coords, features, mask) in enumerate(output.raw.neck):
+        check_level(table, case, f"neck{n}", coords, mask, features, case.tolerance(f"neck{n}"))
+    check_head(table, case, head, "head", case.tolerance("bbox_preds"), case.tolerance("cls_preds"))
+    check_boxes(table, case, head)
+    if case.scene.boxes is not None:
+        check_losses(table, case, head, config)
+
+    probability, noise = np.asarray(jax.nn.sigmoid(head.class_logits)), []
+    for b in range(case.num_scenes):
+        theirs = np.concatenate([case.stored[f"head{n}/cls_preds{b}"] for n in range(2)])
+        noise.append(score_noise(probability[b][head.mask[b]], np.asarray(jax.nn.sigmoid(theirs))))
+    decode = jax.jit(lambda output, points: tr3d.decode(output, points, config))
+    found = decode(DetectorOutput(output.predictions, {}, None), case.scene.points)
+    check_detections(table, case, found, noise, SLACK * case.tolerance("bbox_preds"))
+
+
+def level_rows(head: HeadOutput, b: int, level: int) -> np.ndarray:
+    """The valid anchors of one level of one scene, in the reference's order: bool[A]."""
+    return np.asarray(head.mask[b]) & (np.asarray(head.level) == level)
+
+
+def check_head(
+    table: ParityTable, case: SparseCase, head: HeadOutput, prefix: str, box: float, logit: float
+) -> None:
+    """Anchors and what the head says of them; `box` and `logit` are the largest absolute errors."""
+    stored, label = case.stored, f"{case.name}:{prefix}"
+    for n in range(2):
+        for b in range(case.num_scenes):
+            rows, at = level_rows(head, b, n), f"{prefix}{n}/"
+            points = np.asarray(head.points[b])[rows]
+            if f"{at}coords{b}" in stored:
+                coords = np.round(points / stored["voxel_size"]).astype(np.int64)
+                table.add_exact(f"{label}{n}/coords{b}", coords, stored[f"{at}coords{b}"])
+            if f"{at}points{b}" in stored:
+                table.add(f"{label}{n}/points{b}", points, stored[f"{at}points{b}"], 1e-7)
+            for key, ours, tolerance in (
+                ("bbox_preds", head.box_channels, box),
+                ("cls_preds", head.class_logits, logit),
+            ):
+                add_absolute(
+                    table,
+                    f"{label}{n}/{key}{b}",
+                    np.asarray(ours[b])[rows],
+                    stored[f"{at}{key}{b}"],
+                    tolerance,
+                )
+
+
+def check_boxes(table: ParityTable, case: SparseCase, head: HeadOutput) -> None:
+    """Decoded boxes: from our channels, and from the reference's own, which shows the decoding alone."""
+    for n in range(2):
+        step = int(case.stored.get(f"head{n}/boxes_step", 1))
+        for b in range(case.num_scenes):
+            name = f"head{n}/boxes{b}"
+            if name not in case.stored:
+                table.skipped.append(f"no {name} in {case.name}")
+                continue
+            theirs, rows, label = case.stored[name], level_rows(head, b, n), f"{case.name}:{name}"
+            channels = case.stored[f"head{n}/bbox_preds{b}"]
+            points, ours = np.asarray(head.points[b])[rows], np.asarray(head.box_channels[b])[rows]
+            decoded = np.asarray(tr3d.boxes_from_head(points, channels))[::step]
+            table.add(f"{label} decoding", decoded, theirs, DECODED)
+            boxes = np.asarray(tr3d.boxes_from_head(points, ours))[::step]
+            # The height is the sum of two sizes.
+            add_absolute(table, label, boxes[:, :6], theirs[:, :6], 2 * case.tolerance("bbox_preds"))
+            if channels.shape[1] == 8:
+                # The direction of (a, b) is the less certain the shorter it is.
+                length = np.hypot(channels[::step, 6], channels[::step, 7])
+                turn = (boxes[:, 6] - theirs[:, 6] + np.pi / 2) % np.pi - np.pi / 2  # yaws repeat after pi
+                add_absolute(
+                    table, f"{label} yaw", turn * length, np.zeros_like(turn), case.tolerance("bbox_preds")
+                )
+
+
+def check_losses(table: ParityTable, case: SparseCase, head: HeadOutput, config: Any) -> None:
+    """Assignments of both official variants, with the losses per location and their sums."""
+    box, logit = case.tolerance("bbox_preds"), case.tolerance("cls_preds")
+    for variant, suffix in VARIANTS.items():
+        own = ConfigDict(config.to_dict())
+        own.assigners.top_k.nearest_of_all = variant == "samsung"
+        compute = jax.jit(lambda head, scene, own=own: unreduced_losses(head, scene, own))
+        gt_index, class_loss, box_loss = jax.tree.map(np.asarray, compute(head, case.scene))
+        for b in range(case.num_scenes):
+            rows = np.asarray(head.mask[b])
+            assigned, per_location = gt_index[b][rows], class_loss[b][rows]
+            positive = assigned >= 0
+            label = f"{case.name}:{variant}"
+            table.add_exact(f"{label} assigned{b}", assigned, case.stored[f"assigned_{variant}{b}"])
+            theirs = case.stored[f"loss_bbox_per_positive{suffix}{b}"]
+            # The derivative of a loss by a logit is at most about 1, by a number of a box about 1 / its size.
+            add_absolute(table, f"{label} loss_bbox{b}", box_loss[b][rows][positive], theirs, box)
+            if f"loss_cls_per_location{suffix}{b}" in case.stored:
+                theirs = case.stored[f"loss_cls_per_location{suffix}{b}"]
+                add_absolute(table, f"{label} loss_cls{b}", per_location, theirs, logit)
+            if f"loss_cls_sum{suffix}{b}" in case.stored:
+                theirs = case.stored[f"loss_cls_sum{suffix}{b}"]
+                table.add(f"{label} loss_cls_sum{b}", np.sum(per_location, dtype=np.float64), theirs, logit)
+        if variant == "samsung":
+            loss = jax.jit(lambda head, scene, own=own: losses_of_head(head, scene, own))
+            check_terms(table, case, "eval", loss(head, case.scene), max(box, logit))
+
+
+def unreduced_losses(head: HeadOutput, scene: Scene, config: Any) -> tuple[Array, Array, Array]:
+    """Box of each anchor (-1 none), focal loss summed over classes, DIoU loss of positives: i32, f32, f32 [B, A]."""
+    gt_index, boxes = tr3d.assign_targets(head, scene, config).gt_index, scene.boxes
+    row = jnp.maximum(gt_index, 0)
+    label = jnp.where(gt_index >= 0, gather_rows(boxes.label, row), -1)
+    target = gather_rows(join_boxes(boxes.center, boxes.size, boxes.yaw), row)
+    predicted = tr3d.boxes_from_head(head.points, head.box_channels)
+    box = diou_loss(predicted, target, rotated=config.oriented, reference=True)
+    return gt_index, jnp.sum(focal_loss(head.class_logits, label), -1), box
+
+
+def losses_of_head(head: HeadOutput, scene: Scene, config: Any) -> dict[str, Array]:
+    """The terms of the training loss."""
+    return tr3d.loss(DetectorOutput(tr3d.predictions_from_head(head), {}, HeadOnly(head)), scene, config)[1]
+
+
+def check_terms(table: ParityTable, case: SparseCase, mode: str, terms: dict, tolerance: float) -> None:
+    """Both terms of the loss of a batch; `mode` is "eval" or "train"."""
+    for ours, theirs in LOSSES.items():
+        name = f"{mode}_{theirs}"
+        if name in case.stored:
+            table.add(f"{case.name}:{name}", terms[ours], case.stored[name], tolerance)
+        else:
+            table.skipped.append(f"no {name} in {case.name}")
+
+
+def check_training(
+    table: ParityTable, case: SparseCase, exact: dict[str, np.ndarray], variables: Variables, config: Any
+) -> None:
+    """One training step in float32: losses, predictions with batch statistics, gradients, running statistics.
+
+    Args:
+      table: gets the rows.
+      case: with train_head*, train_*_loss, grad/* and after_train/*.
+      exact: grad/* and norm/* in float64; empty if there are none.
+      variables: of the network.
+      config: config.detector.
+    """
+    model = tr3d.build(config)
+
+    @jax.jit
+    def step(variables, scene, pyramid):
+        def objective(params):
+            tree = {"params": params, "batch_stats": variables["batch_stats"]}
+            output, updates = model.apply(tree, scene.points, pyramid, train=True, mutable=["batch_stats"])
+            total, terms = tr3d.loss(output, scene, config)
+            return total, (output.raw.head, terms, updates["batch_stats"])
+
+        return jax.grad(objective, has_aux=True)(variables["params"])
+
+    gradient, (head, terms, stats) = jax.tree.map(np.asarray, step(variables, case.scene, case.pyramid))
+    check_head(
+        table,
+        case,
+        head,
+        "train_head",
+        TRAIN * case.tolerance("bbox_preds"),
+        TRAIN * case.tolerance("cls_preds"),
+    )
+    check_terms(
+        table, case, "train", terms, TRAIN * max(case.tolerance("bbox_preds"), case.tolerance("cls_preds"))
+    )
+    check_gradients(table, case, exact, flatten({"params": gradient}))
+    after = flatten({"batch_stats": update_running(variables["batch_stats"], stats, NORM_MOMENTUM)})
+    rules = {rule.theirs: rule for rule in tr3d_rules()}
+    for name, theirs in case.stored.items():
+        kind, _, parameter = name.partition("/")
+        if kind == "after_train" and parameter in rules:
+            table.add(f"{case.name}:{name}", after[rules[parameter].ours], theirs, STATISTICS)
+        elif kind == "after_train":
+            table.skipped.append(f"{case.name}:{name} (unknown)")
+
+
+def check_gradients(
+    table: ParityTable, case: SparseCase, exact: dict[str, np.ndarray], gradient: dict[str, np.ndarray]
+) -> None:
+    """Gradients of the summed losses, against float64 if the reference has it.
+
+    A ReLU that switches sides by rounding changes a gradient by far more than rounding. How much that is, the
+    reference's own float32 gradients tell: no tensor of ours may be further off than twice the worst of theirs.
+    """
+    rules = {rule.theirs: rule for rule in tr3d_rules()}
+    own = {name: value for name, value in case.stored.items() if name.startswith("grad/")}
+    norms = {name: entry[0] for name, entry in case.log.get("grad_norm_sum_absmax", {}).items()}
+    if exact:
+        worst = max(
+            (relative_error(own[name], exact[name]) for name in own if name in exact), default=GRADIENT / 2
+        )
+        exact_norms = {
+            name.removeprefix("norm/"): value for name, value in exact.items() if name.startswith("norm/")
+        }
+        worst_norm = max(
+            (relative_error(norms[n], exact_norms[n]) for n in norms if n in exact_norms),
+            default=GRADIENT / 2,
+        )
+        own, norms = {n: v for n, v in exact.items() if n.startswith("grad/")}, exact_norms
+    else:
+        worst = worst_norm = GRADIENT / 2
+    for name, theirs in own.items():
+        rule = rules[name.removeprefix("grad/")]
+        table.add(f"{case.name}:{name}", gradient[rule.ours], rule.convert(theirs), 2 * worst)
+    for name, theirs in norms.items():
+        norm = np.linalg.norm(np.asarray(gradient[rules[name].ours], np.float64))
+        table.add(f"{case.name}:|grad {name}|", norm, theirs, 2 * worst_norm)
+
+
+def relative_error(values: np.ndarray, exact: np.ndarray) -> float:
+    """Largest error relative to the largest magnitude."""
+    return float(np.max(np.abs(np.asarray(values, np.float64) - exact)) / np.max(np.abs(exact)))
+
+
+class HeadOnly(NamedTuple):
+    """As much of TR3DRaw as the loss reads."""
+
+    head: HeadOutput
