@@ -36,8 +36,8 @@ from vrdistill_jax.nn.sparse_conv import voxel_features
 from vrdistill_jax.nn.sparse_resnet import (
     BackboneOutput,
     FCAF3DNeck,
+    PrunedFeatures,
     SparseResNet,
-    VoxelFeatures,
     fcaf3d_pyramid_config,
 )
 from vrdistill_jax.structs import (
@@ -79,7 +79,7 @@ class FCAF3DRaw(NamedTuple):
 
     head: HeadOutput
     backbone: BackboneOutput
-    neck: tuple[VoxelFeatures, ...]  # what the head reads, fine to coarse, and what was pruned
+    neck: tuple[PrunedFeatures, ...]  # what the head reads, fine to coarse, and what was pruned
 
 
 class FCAF3D(nn.Module):

@@ -50,8 +50,18 @@ class VoxelFeatures(NamedTuple):
     coords: Array  # i32[B, V, 3] lower corners in units of the input voxels
     features: Array  # f32[B, V, C] zero in pads
     mask: Array  # bool[B, V] False in pads and where pruned
-    candidates: Array | None = None  # bool[B, V] what there was before pruning; None where nothing is pruned
-    prune_score: Array | None = None  # f32[B, V] what decided who is kept
+
+
+class PrunedFeatures(NamedTuple):
+    """One level of a neck's output, and how it was pruned."""
+
+    coords: Array  # i32[B, V, 3] lower corners in units of the input voxels
+    features: Array  # f32[B, V, C] zero in pads
+    mask: Array  # bool[B, V] False in pads and where pruned
+    candidates: (
+        Array | None
+    )  # bool[B, V] what there was before pruning; None for the coarsest level, which is never pruned
+    score: Array | None  # f32[B, V] what decided who is kept
 
 
 def tr3d_pyramid_config(
@@ -307,7 +317,7 @@ class FCAF3DNeck(nn.Module):
         *,
         train: bool,
         kept: Sequence[Bool[Array, "b v"]] | None = None,
-    ) -> tuple[VoxelFeatures, ...]:
+    ) -> tuple[PrunedFeatures, ...]:
         """Merges the stages.
 
         Args:
@@ -339,7 +349,7 @@ class FCAF3DNeck(nn.Module):
                 x = _mask_rows(x, mask)
             y = self.out_blocks[stage](x, level.same3, mask, train=train)
             scores = jnp.where(mask, jax.lax.stop_gradient(score(y)), 0.0)
-            outputs.append(VoxelFeatures(level.coords, y, mask, candidates, prune_score))
+            outputs.append(PrunedFeatures(level.coords, y, mask, candidates, prune_score))
         return tuple(reversed(outputs))
 
 
