@@ -34,7 +34,7 @@ CONFIGS = {
     "3detr_m": partial(tiny_three_detr_config, masked=True),
 }
 # Detectors that do not offer the taps yet.
-WITHOUT_TAPS = {"tr3d", "sr3d"}
+WITHOUT_TAPS = {"tr3d", "sr3d", "fcaf3d"}
 PAIRS = [(detector, distiller) for detector in CONFIGS for distiller in DISTILLERS]
 COVERING = [pair for pair in PAIRS if "votenet" in pair]
 

@@ -1,4 +1,4 @@
-"""Compares our FCAF3D with the official one: voxels, features, pruning, head, boxes, assignments, losses, gradients, detections.
+"""Compares our FCAF3D with the official one: voxels, features, pruning, head, targets, losses, gradients, detections.
 
 A golden folder holds any of the cases below (see `parity_sparse`) and for the full-width cases a recipe of weights. The narrow
 cases take the weights that are being imported.
@@ -49,9 +49,10 @@ LOSSES = {"center": "center_loss", "box": "bbox_loss", "class": "cls_loss"}
 USUAL_ROUNDING = 4e-5
 TARGETS = 1e-5  # centreness from the same coordinates: a few roundings, of distances that may be small
 DECODED = 1e-5  # boxes from the same channels
-# The reference's float32 gradients are 5e-5 of a tensor's largest entry away from float64. Ours may have one ReLU on the other
-# side, which changes a gradient by up to 3e-3 (the reference's TR3D on the same clouds).
-GRADIENT = 3e-3
+# The reference's float32 gradients are 5e-5 of a tensor's largest entry away from float64; but a ReLU that switches sides by
+# rounding changes one by far more. In the reference's TR3D on the same clouds they are up to 2.4e-2 off, half of them up to
+# 1.7e-3, and their norms up to 9e-4.
+GRADIENT, GRADIENT_MEDIAN, GRADIENT_NORM = 3e-2, 2e-3, SLACK * 1e-3
 # The largest derivative of a score by one of its two logits.
 SCORE_SLOPE = 0.25
 
@@ -398,7 +399,8 @@ def check_training(table: ParityTable, case: SparseCase, variables: Variables, c
     tolerance = max(find_tolerance(case, key) for key in ("bbox_preds", "cls_preds", "center_preds"))
     check_terms(table, case, "train", terms, TRAIN * tolerance)
     names = [name.partition("/")[2] for name in case.stored if name.startswith(("grad/", "after_train/"))]
-    rules = rules_of(names + list(case.log.get("grad_norm_sum_absmax", {})), tuple(config.num_blocks))
+    names += case.log.get("grad_norm_sum_absmax", {})
+    rules = {rule.theirs: rule for rule in fcaf3d_rules(names, tuple(config.num_blocks))}
     check_gradients(table, case, flatten({"params": gradient}), rules)
     after = flatten({"batch_stats": update_running(variables["batch_stats"], stats, NORM_MOMENTUM)})
     for name, theirs in case.stored.items():
@@ -409,15 +411,11 @@ def check_training(table: ParityTable, case: SparseCase, variables: Variables, c
             table.skipped.append(f"{case.name}:{name} (unknown)")
 
 
-def rules_of(names: list[str], num_blocks: tuple[int, ...]) -> dict[str, Rule]:
-    """The rules of the layout that names of parameters are in, by name."""
-    return {rule.theirs: rule for rule in fcaf3d_rules(dict.fromkeys(names), num_blocks)}
-
-
 def check_gradients(
     table: ParityTable, case: SparseCase, gradient: dict[str, np.ndarray], rules: dict[str, Rule]
 ) -> None:
     """Gradients of the summed losses: some tensors entry by entry, of all others their norms."""
+    errors = []
     for name, theirs in case.stored.items():
         if name.startswith("grad/"):
             rule = rules.get(name.removeprefix("grad/"))
@@ -425,12 +423,15 @@ def check_gradients(
                 table.skipped.append(f"{case.name}:{name} (unknown)")
             else:
                 table.add(f"{case.name}:{name}", gradient[rule.ours], rule.convert(theirs), GRADIENT)
+                errors.append(table.rows[-1].error)
+    if errors:
+        table.add(f"{case.name}:grad, median of the errors", np.median(errors), 0.0, GRADIENT_MEDIAN)
     for name, entry in case.log.get("grad_norm_sum_absmax", {}).items():
         if name not in rules:
             table.skipped.append(f"{case.name}:|grad {name}| (unknown)")
             continue
         norm = np.linalg.norm(np.asarray(gradient[rules[name].ours], np.float64).reshape(-1))
-        table.add(f"{case.name}:|grad {name}|", norm, entry[0], GRADIENT)
+        table.add(f"{case.name}:|grad {name}|", norm, entry[0], GRADIENT_NORM)
 
 
 class HeadOnly(NamedTuple):

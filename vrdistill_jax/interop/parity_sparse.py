@@ -7,6 +7,7 @@ Voxels are rows (batch, x, y, z) in units of the input voxels, sorted; features,
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +29,27 @@ from vrdistill_jax.structs import (
 SLACK = 4.0
 
 
+class CaseArrays(dict[str, np.ndarray]):
+    """The arrays of a case by name; asking for one that is not there is a ValueError that says so.
+
+    Attributes:
+      case: its name.
+    """
+
+    def __init__(self, case: str, arrays: Mapping[str, np.ndarray]) -> None:
+        super().__init__(arrays)
+        self.case = case
+
+    def __missing__(self, name: str) -> np.ndarray:
+        """Called where a dictionary has no such key."""
+        raise ValueError(f"{self.case}.npz has no {name}; is the golden folder complete?")
+
+
 class SparseCase(NamedTuple):
     """One case of a golden folder."""
 
     name: str
-    stored: dict[str, np.ndarray]  # all of its arrays, inputs included
+    stored: CaseArrays  # all of its arrays, inputs included
     log: dict[str, Any]
     scene: Scene  # boxes are None where the case has none
     pyramid: VoxelPyramid
@@ -59,7 +76,7 @@ class SparseCase(NamedTuple):
 
 def read_case_arrays(
     golden: pathlib.Path, inputs: pathlib.Path, name: str
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+) -> tuple[CaseArrays, dict[str, Any]]:
     """The arrays of a case, inputs included, and its log.
 
     Args:
@@ -70,7 +87,8 @@ def read_case_arrays(
     Raises:
       ValueError: if the log or the points are missing, or if both files hold the same array with other numbers.
     """
-    stored, apart, log = load_arrays(golden / f"{name}.npz"), inputs / f"{name}_inputs.npz", None
+    stored = CaseArrays(name, load_arrays(golden / f"{name}.npz"))
+    apart = inputs / f"{name}_inputs.npz"
     if apart.is_file():
         for key, value in load_arrays(apart).items():
             if key in stored and not np.array_equal(stored[key], value):
@@ -86,13 +104,10 @@ def read_case_arrays(
     path = golden / f"{name}_log.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing; the tolerances come from it")
-    log = json.loads(path.read_text())
-    return stored, log
+    return stored, json.loads(path.read_text())
 
 
-def build_case(
-    name: str, stored: dict[str, np.ndarray], log: dict[str, Any], config: VoxelPyramidConfig
-) -> SparseCase:
+def build_case(name: str, stored: CaseArrays, log: dict[str, Any], config: VoxelPyramidConfig) -> SparseCase:
     """Pads the clouds and boxes of a case and builds its geometry.
 
     Args:

@@ -300,17 +300,9 @@ def check_training(
         return jax.grad(objective, has_aux=True)(variables["params"])
 
     gradient, (head, terms, stats) = jax.tree.map(np.asarray, step(variables, case.scene, case.pyramid))
-    check_head(
-        table,
-        case,
-        head,
-        "train_head",
-        TRAIN * case.tolerance("bbox_preds"),
-        TRAIN * case.tolerance("cls_preds"),
-    )
-    check_terms(
-        table, case, "train", terms, TRAIN * max(case.tolerance("bbox_preds"), case.tolerance("cls_preds"))
-    )
+    box, logit = TRAIN * case.tolerance("bbox_preds"), TRAIN * case.tolerance("cls_preds")
+    check_head(table, case, head, "train_head", box, logit)
+    check_terms(table, case, "train", terms, max(box, logit))
     check_gradients(table, case, exact, flatten({"params": gradient}))
     after = flatten({"batch_stats": update_running(variables["batch_stats"], stats, NORM_MOMENTUM)})
     rules = {rule.theirs: rule for rule in tr3d_rules()}
@@ -327,32 +319,40 @@ def check_gradients(
 ) -> None:
     """Gradients of the summed losses, against float64 if the reference has it.
 
-    A ReLU that switches sides by rounding changes a gradient by far more than rounding. How much that is, the
-    reference's own float32 gradients tell: no tensor of ours may be further off than twice the worst of theirs.
+    A ReLU that switches sides by rounding changes a gradient by far more than rounding does. How much that is, the
+    reference's own float32 gradients tell: no tensor of ours may be further off than twice the worst of theirs, and half of
+    ours must be as close as half of theirs.
+
+    Args:
+      table: gets the rows.
+      case: with grad/*, and the norms of all gradients in its log.
+      exact: grad/* and norm/* in float64; empty if there are none.
+      gradient: {our path: gradient}.
     """
     rules = {rule.theirs: rule for rule in tr3d_rules()}
-    own = {name: value for name, value in case.stored.items() if name.startswith("grad/")}
-    norms = {name: entry[0] for name, entry in case.log.get("grad_norm_sum_absmax", {}).items()}
+    theirs = {name: value for name, value in case.stored.items() if name.startswith("grad/")}
+    norms = {f"norm/{name}": entry[0] for name, entry in case.log.get("grad_norm_sum_absmax", {}).items()}
+    worst, typical, worst_norm = GRADIENT, GRADIENT, GRADIENT
     if exact:
-        worst = max(
-            (relative_error(own[name], exact[name]) for name in own if name in exact), default=GRADIENT / 2
+        own = [relative_error(theirs[name], exact[name]) for name in theirs]
+        worst, typical = 2 * max(own), float(np.median(own))
+        theirs = {name: exact[name] for name in theirs}
+        shared = [name for name in norms if name in exact]
+        worst_norm = 2 * max(
+            (relative_error(norms[name], exact[name]) for name in shared), default=GRADIENT / 2
         )
-        exact_norms = {
-            name.removeprefix("norm/"): value for name, value in exact.items() if name.startswith("norm/")
-        }
-        worst_norm = max(
-            (relative_error(norms[n], exact_norms[n]) for n in norms if n in exact_norms),
-            default=GRADIENT / 2,
-        )
-        own, norms = {n: v for n, v in exact.items() if n.startswith("grad/")}, exact_norms
-    else:
-        worst = worst_norm = GRADIENT / 2
-    for name, theirs in own.items():
+        norms = {name: exact[name] for name in shared}
+    errors = []
+    for name, value in theirs.items():
         rule = rules[name.removeprefix("grad/")]
-        table.add(f"{case.name}:{name}", gradient[rule.ours], rule.convert(theirs), 2 * worst)
-    for name, theirs in norms.items():
-        norm = np.linalg.norm(np.asarray(gradient[rules[name].ours], np.float64))
-        table.add(f"{case.name}:|grad {name}|", norm, theirs, 2 * worst_norm)
+        table.add(f"{case.name}:{name}", gradient[rule.ours], rule.convert(value), worst)
+        errors.append(table.rows[-1].error)
+    if errors:
+        table.add(f"{case.name}:grad, median of the errors", np.median(errors), 0.0, typical)
+    for name, value in norms.items():
+        parameter = name.removeprefix("norm/")
+        norm = np.linalg.norm(np.asarray(gradient[rules[parameter].ours], np.float64))
+        table.add(f"{case.name}:|grad {parameter}|", norm, value, worst_norm)
 
 
 def relative_error(values: np.ndarray, exact: np.ndarray) -> float:

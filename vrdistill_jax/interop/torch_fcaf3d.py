@@ -4,7 +4,7 @@ Source: the layouts of SamsungLabs/fcaf3d, of mmdetection3d (two of them, its he
 They differ in what the head and three of its layers are called and in whether the stem is one module.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ NUM_LEVELS = 4
 _NECKS = ("neck_with_head", "bbox_head", "head", "neck")
 _HEADS = ("neck_with_head", "bbox_head", "head")
 _CENTER = ("centerness_conv", "conv_center", "center_conv")
-_BOX = ("reg_conv", "conv_reg")
+_BOX = ("reg_conv", "conv_reg", "bbox_conv")
 _CLASS = ("cls_conv", "conv_cls")
 # Residual blocks of the stages of the networks that the references' configs can name.
 _DEPTHS = {14: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -63,25 +63,19 @@ def fcaf3d_config(dataset: str) -> ConfigDict:
     return config
 
 
-def fcaf3d_rules(tensors: Mapping[str, Any], num_blocks: tuple[int, ...] = _DEPTHS[34]) -> list[Rule]:
-    """The rules for the layout that a state_dict has.
+def fcaf3d_rules(names: Collection[str], num_blocks: tuple[int, ...] = _DEPTHS[34]) -> list[Rule]:
+    """The rules for the layout that a state_dict has, or the names of some of its tensors.
 
     Args:
-      tensors: their state_dict (only its names are read).
+      names: of its tensors.
       num_blocks: residual blocks of the stages.
     """
-    neck = _find(tensors, [(name, f"{name}.out_block_0.0.kernel") for name in _NECKS])
-    head = _find(
-        tensors, [(f"{name}.{layer}", f"{name}.{layer}.kernel") for name in _HEADS for layer in _CLASS]
-    )
-    owner = head.rpartition(".")[0]
-    center, box = (
-        _find(tensors, [(f"{owner}.{layer}", f"{owner}.{layer}.kernel") for layer in names])
-        for names in (_CENTER, _BOX)
-    )
-    conv, norm = "backbone.conv1", "backbone.norm1"
-    if f"{conv}.0.kernel" in tensors:
-        conv, norm = f"{conv}.0", f"{conv}.1"
+    neck = _find(names, [f"{name}.out_block_0" for name in _NECKS]).rpartition(".")[0]
+    classes = _find(names, [f"{name}.{layer}" for name in _HEADS for layer in _CLASS])
+    owner = classes.rpartition(".")[0]
+    center, box = (_find(names, [f"{owner}.{layer}" for layer in layers]) for layers in (_CENTER, _BOX))
+    conv = _find(names, ["backbone.conv1.0", "backbone.conv1"])
+    norm = "backbone.conv1.1" if conv.endswith(".0") else "backbone.norm1"
     stem = "params/backbone/norm1"
     rules = [
         Rule(f"{conv}.kernel", "params/backbone/conv1/kernel"),
@@ -98,14 +92,14 @@ def fcaf3d_rules(tensors: Mapping[str, Any], num_blocks: tuple[int, ...] = _DEPT
             rules.append(Rule(f"{neck}.{theirs}.{first}.kernel", f"params/neck/{ours}/conv/kernel"))
             rules += norm_rules(f"{neck}.{theirs}.{first + 1}.bn", f"neck/{ours}/norm")
         rules.append(Rule(f"{owner}.scales.{level}.scale", f"params/scale_{level}", _scalar))
-    for theirs, ours in ((center, "center_head"), (box, "box_head"), (head, "class_head")):
+    for theirs, ours in ((center, "center_head"), (box, "box_head"), (classes, "class_head")):
         rules.append(Rule(f"{theirs}.kernel", f"params/{ours}/kernel"))
-    return [*rules, Rule(f"{head}.bias", "params/class_head/bias", np.ravel)]  # theirs is [1, K]
+    return [*rules, Rule(f"{classes}.bias", "params/class_head/bias", np.ravel)]  # theirs is [1, K]
 
 
-def _find(tensors: Mapping[str, Any], names: list[tuple[str, str]]) -> str:
+def _find(names: Iterable[str], modules: list[str]) -> str:
     """The first module that is there; the first of all if none is, so that the error names it."""
-    return next((module for module, kernel in names if kernel in tensors), names[0][0])
+    return next((m for m in modules if any(name.startswith(f"{m}.") for name in names)), modules[0])
 
 
 def _scalar(value: np.ndarray) -> np.ndarray:
