@@ -19,10 +19,9 @@ CLASSES = {"scannet": (18, 6), "sunrgbd": (10, 8)}
 @pytest.fixture(autouse=True)
 def _compile_fast():
     """Each program runs once: compiling it well would take longer than it saves."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_folder(folder, dataset, cases, inputs=None):

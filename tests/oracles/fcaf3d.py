@@ -47,7 +47,7 @@ def random_state(num_classes=18, channels=6, size=4, input_size=3, blocks=(1, 1,
             norm(f"head.up_block_{level}.1")
             kernel(f"head.up_block_{level}.3", 27, size, size)
             norm(f"head.up_block_{level}.4")
-        state[f"head.scales.{level}.scale"] = np.float32(rng.uniform(0.5, 0.9)).reshape(())
+        state[f"head.scales.{level}.scale"] = np.array(rng.uniform(0.5, 0.9), np.float32)
     kernel("head.conv_center", size, 1)
     kernel("head.conv_reg", size, channels)
     kernel("head.conv_cls", size, num_classes)
