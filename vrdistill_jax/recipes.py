@@ -310,8 +310,8 @@ def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
     """
     epoch, name = num_scenes // config.train.batch_size, config.detector.name
     if name in SPARSE:
-        repeats = {True: 3, False: 10} if name == "fcaf3d" else {True: 5, False: 15}
-        repeats = repeats[config.detector.oriented]
+        scannet, sunrgbd = (10, 3) if name == "fcaf3d" else (15, 5)
+        repeats = sunrgbd if config.detector.oriented else scannet
         num_epochs, at = (13, (8, 11, 12)) if name == "sr3d" else (12, (8, 11))
         config.optimizer.schedule = "steps"
         config.optimizer.decay_epochs = tuple(float(repeats * epoch_number) for epoch_number in at)

@@ -34,7 +34,7 @@ from vrdistill_jax.interop.parity_sparse import (
     read_case_arrays,
     recipe_tensors,
 )
-from vrdistill_jax.interop.parity_tr3d import NORM_MOMENTUM, RECIPE, STATISTICS, TRAIN, level_rows
+from vrdistill_jax.interop.parity_tr3d import NORM_MOMENTUM, RECIPE, STATISTICS, TRAIN
 from vrdistill_jax.interop.torch_fcaf3d import NUM_LEVELS, fcaf3d_rules, variables_from_fcaf3d
 from vrdistill_jax.nn.norm import update_running
 from vrdistill_jax.nn.sparse_conv import keep_highest
@@ -210,14 +210,19 @@ def check_pruning(table: ParityTable, case: SparseCase, output: DetectorOutput, 
         add_absolute(table, f"{label}/interp_scores", score, theirs, tolerance)
         kept = np.asarray(keep_highest(level.score, level.candidates, threshold))
         after = case.stored[f"{name}/coords_after"]
-        counts = [np.bincount(x, minlength=case.num_scenes) for x in (np.nonzero(kept)[0], after[:, 0])]
-        table.add_exact(f"{label} voxels kept", *counts)
+        counts = np.bincount(after[:, 0], minlength=case.num_scenes)
+        table.add_exact(f"{label} voxels kept", np.sum(kept, 1), counts)
         differ = kept.copy()
         differ[level.candidates] ^= contained_rows(before, after)
         # Only voxels whose scores are within rounding of the last one that is kept may be on the other side.
         cut = np.min(np.where(kept, level.score, np.inf), axis=1, keepdims=True)
         decided = differ & (np.abs(level.score - cut) > 2 * tolerance)
-        table.add_exact(f"{label} kept by one side only", np.sum(decided), 0)
+        table.add_exact(f"{label} kept by one side only", np.sum(decided), np.zeros(()))
+
+
+def level_rows(head: HeadOutput, b: int, level: int) -> np.ndarray:
+    """The valid anchors of one level of one scene, in the reference's order: bool[A]."""
+    return np.asarray(head.mask[b]) & (np.asarray(head.level) == level)
 
 
 def check_head(
@@ -236,10 +241,10 @@ def check_head(
             if f"{at}points{b}" in stored:
                 table.add(f"{label}points{b}", points, stored[f"{at}points{b}"], 1e-7)
             if f"{at}max_cls_logit{b}" in stored:
-                best = logit[b][rows].max(-1) if rows.any() else np.zeros(0)
-                theirs = stored[f"{at}max_cls_logit{b}"].reshape(-1)
+                best = np.max(logit[b][rows], -1, initial=-np.inf)
+                largest = stored[f"{at}max_cls_logit{b}"].reshape(-1)
                 tolerance = factor * find_tolerance(case, "cls_preds")
-                add_absolute(table, f"{label}max_cls_logit{b}", best, theirs, tolerance)
+                add_absolute(table, f"{label}max_cls_logit{b}", best, largest, tolerance)
             for key, ours in (
                 ("bbox_preds", head.box_channels),
                 ("cls_preds", head.class_logits),
@@ -275,7 +280,7 @@ def check_boxes(table: ParityTable, case: SparseCase, head: HeadOutput) -> None:
             points, ours = np.asarray(head.points[b])[rows], np.asarray(head.box_channels[b])[rows]
             channels = case.stored.get(f"{at}bbox_preds{b}")
             if channels is not None and len(channels) == len(points):
-                decoded = np.asarray(fcaf3d.boxes_from_head(points, channels))[::step]
+                decoded = np.asarray(fcaf3d.boxes_from_head(points, jnp.asarray(channels)))[::step]
                 table.add(f"{label} decoding", decoded[:, : theirs.shape[1]], theirs, DECODED)
             boxes = np.asarray(fcaf3d.boxes_from_head(points, ours))[::step]
             # A length is the sum of two distances, that of a turned box of up to four.
@@ -297,7 +302,10 @@ class Targets(NamedTuple):
 
 def find_targets(head: HeadOutput, scene: Scene, config: Any) -> Targets:
     """The targets of all anchors."""
-    gt_index, boxes = fcaf3d.assign_targets(head, scene, config).gt_index, scene.boxes
+    boxes = scene.boxes
+    if boxes is None:
+        raise ValueError("the targets need scene.boxes")
+    gt_index = fcaf3d.assign_targets(head, scene, config).gt_index
     row, positive = jnp.maximum(gt_index, 0), gt_index >= 0
     target = gather_rows(join_boxes(boxes.center, boxes.size, boxes.yaw), row)
     central = centerness(face_distances(head.points, target))
@@ -425,13 +433,18 @@ def check_gradients(
                 table.add(f"{case.name}:{name}", gradient[rule.ours], rule.convert(theirs), GRADIENT)
                 errors.append(table.rows[-1].error)
     if errors:
-        table.add(f"{case.name}:grad, median of the errors", np.median(errors), 0.0, GRADIENT_MEDIAN)
+        table.add(
+            f"{case.name}:grad, median of the errors",
+            np.asarray(np.median(errors)),
+            np.zeros(()),
+            GRADIENT_MEDIAN,
+        )
     for name, entry in case.log.get("grad_norm_sum_absmax", {}).items():
         if name not in rules:
             table.skipped.append(f"{case.name}:|grad {name}| (unknown)")
             continue
         norm = np.linalg.norm(np.asarray(gradient[rules[name].ours], np.float64).reshape(-1))
-        table.add(f"{case.name}:|grad {name}|", norm, entry[0], GRADIENT_NORM)
+        table.add(f"{case.name}:|grad {name}|", np.asarray(norm), np.asarray(entry[0]), GRADIENT_NORM)
 
 
 class HeadOnly(NamedTuple):

@@ -273,8 +273,9 @@ def check_detections(
             margins.get("margin_at_1000", np.inf), margins.get("min_dist_to_score_thr_among_top1000", np.inf)
         )
         allowed = 0 if noise[b] < decided else max(2, len(theirs[0]) // 100)
-        unmatched = len(boxes) + len(theirs[0]) - 2 * len(pairs)
-        table.add_exact(f"{case.name}:det{b} unmatched", unmatched, 0, allowed)
+        matched = np.isin(np.arange(len(boxes)), pairs[:, 0]), np.isin(np.arange(len(theirs[0])), pairs[:, 1])
+        matched = np.concatenate(matched)
+        table.add_exact(f"{case.name}:det{b} matched", matched, np.ones_like(matched), allowed)
         if len(pairs):
             ours, reference = boxes[pairs[:, 0]], theirs[0][pairs[:, 1]]
             add_absolute(table, f"{case.name}:det{b} boxes", ours[:, :6], reference[:, :6], tolerance)
