@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from oracles import fcaf3d as oracle
 
 from vrdistill_jax.detectors import fcaf3d
-from vrdistill_jax.nn.sparse_resnet import PrunedFeatures
+from vrdistill_jax.detectors.decoding import PREDICT
 from vrdistill_jax.structs import DetectorOutput, Points, Scene
 
 SIZES = {
@@ -50,13 +50,9 @@ def make_head(seed=0, oriented=False, batch=2) -> fcaf3d.HeadOutput:
     )  # fmt: skip
 
 
-def make_output(head) -> DetectorOutput:
-    bounds = np.cumsum([0, *SIZES.values()])
-    neck = tuple(
-        PrunedFeatures(None, None, head.mask[:, a:b], None, None)
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    )
-    return DetectorOutput(fcaf3d.predictions_from_head(head), {}, fcaf3d.FCAF3DRaw(head, None, neck))
+def make_output(head, candidates=1000) -> DetectorOutput:
+    predictions = fcaf3d.predictions_from_head(head, list(SIZES.values()), candidates)
+    return DetectorOutput(predictions, {}, fcaf3d.FCAF3DRaw(head, None, ()))
 
 
 def make_scene(boxes, mask=None) -> Scene:
@@ -73,8 +69,11 @@ def compiled(kind, key):
     if kind == "assign":
         return jax.jit(lambda head, boxes, mask: fcaf3d.assign_targets(head, make_scene(boxes, mask), config))
     if kind == "decode":
+        count = config.num_candidates
         return jax.jit(
-            lambda head, boxes, mask: fcaf3d.decode(make_output(head), make_scene(boxes).points, config)
+            lambda head, boxes, mask: fcaf3d.decode(
+                make_output(head, count), make_scene(boxes).points, config
+            )
         )
 
     def objective(trained, head, boxes, mask):
@@ -211,6 +210,21 @@ def test_detections_against_loops(oriented, candidates):
 def test_each_level_has_its_own_candidates():
     best = jnp.array([[5.0, 9, 1, 7, 2, 3]])
     np.testing.assert_array_equal(fcaf3d.candidates_by_level(best, [3, 2, 1], 2), [[1, 0, 3, 4, 5]])
+
+
+def test_passes_over_one_scan_compete():
+    """As prediction joins them: twice the same candidates give the same boxes, and no more than fit the table."""
+    output, config = make_output(make_head(8), 20), make_config(num_candidates=20)
+    points = make_scene(make_boxes(0)).points
+    lenient = PREDICT._replace(score_threshold=0.05, min_points=0)
+    one = DetectorOutput(output.predictions, {}, None)
+    two = DetectorOutput(jax.tree.map(lambda x: jnp.concatenate([x, x], 1), output.predictions), {}, None)
+    found = [jax.jit(lambda o: fcaf3d.decode(o, points, config, lenient))(o) for o in (one, two)]
+    assert found[1].mask.shape == (2, 80)
+    for b in range(2):
+        first, second = (np.asarray(x.boxes[b])[np.asarray(x.mask[b])] for x in found)
+        assert 0 < len(second) <= len(first)
+        np.testing.assert_allclose(second, first[: len(second)])
 
 
 def test_errors_name_the_remedy():

@@ -95,6 +95,7 @@ class FCAF3D(nn.Module):
       head_size: channels of what the head reads.
       num_blocks: residual blocks of the four stages.
       prune_threshold: voxels that are kept per scene and level, those with the highest class logits.
+      num_candidates: anchors per level that become predictions.
       voxel_reduction: the features of a voxel: those of its "first" point, or the "mean" of its points.
       norm: makes the norm layers.
     """
@@ -108,6 +109,7 @@ class FCAF3D(nn.Module):
     head_size: int = 128
     num_blocks: tuple[int, ...] = (3, 4, 6, 3)
     prune_threshold: int = 100_000
+    num_candidates: int = 1000
     voxel_reduction: str = "first"
     norm: NormFactory = MaskedBatchNorm
 
@@ -166,7 +168,8 @@ class FCAF3D(nn.Module):
             f"level{n}": PointSet(at, level.features, level.mask, jnp.full(level.mask.shape, -1))
             for n, (at, level) in enumerate(zip(xyz, neck, strict=True))
         }
-        return DetectorOutput(predictions_from_head(head), taps, FCAF3DRaw(head, backbone, neck))
+        predictions = predictions_from_head(head, sizes.tolist(), self.num_candidates)
+        return DetectorOutput(predictions, taps, FCAF3DRaw(head, backbone, neck))
 
     def _prune_score(self, features: Float[Array, "b v c"]) -> Float[Array, "b v"]:
         return jnp.max(self.class_head(features), -1)
@@ -227,6 +230,7 @@ def build(config: Any, norm_axis_name: str | None = None) -> FCAF3D:
         head_size=scale_size(config.head_size, config.width),
         num_blocks=tuple(config.num_blocks),
         prune_threshold=config.prune_threshold,
+        num_candidates=config.num_candidates,
         voxel_reduction=config.voxel_reduction,
         norm=partial(MaskedBatchNorm, epsilon=config.norm_epsilon, axis_name=norm_axis_name),
     )
@@ -264,13 +268,44 @@ def scores_from_head(head: HeadOutput) -> Float[Array, "b a k"]:
     return jax.nn.sigmoid(head.class_logits) * jax.nn.sigmoid(head.center_logit)[..., None]
 
 
-def predictions_from_head(head: HeadOutput) -> Predictions:
-    """The boxes and class logits of all anchors; objectness is the highest score."""
-    boxes = boxes_from_head(head.points, head.box_channels)
-    objectness = jnp.max(scores_from_head(head), -1)
+def predictions_from_head(head: HeadOutput, level_sizes: list[int], num_candidates: int) -> Predictions:
+    """The best anchors of each level.
+
+    Args:
+      head: of the network.
+      level_sizes: anchors of each level.
+      num_candidates: how many of each level are taken, those with the highest score of any class.
+
+    Returns:
+      Predictions, Q = sum of min(num_candidates, size); objectness is the centreness, so that a class's score is its
+      probability times objectness.
+    """
+    best = jnp.where(head.mask, jnp.max(scores_from_head(head), -1), -1.0)
+    rows = candidates_by_level(best, level_sizes, num_candidates)
+    boxes = gather_rows(boxes_from_head(head.points, head.box_channels), rows)
     return Predictions(
-        boxes[..., :3], boxes[..., 3:6], boxes[..., 6], head.class_logits, objectness, head.mask
+        boxes[..., :3],
+        boxes[..., 3:6],
+        boxes[..., 6],
+        class_logits=gather_rows(head.class_logits, rows),
+        objectness=jax.nn.sigmoid(gather_rows(head.center_logit, rows)),
+        mask=gather_rows(head.mask, rows),
     )
+
+
+def candidates_by_level(best: Float[Array, "b a"], sizes: list[int], count: int) -> Array:
+    """Rows of the `count` best anchors of each level: i32[B, sum of min(count, size)].
+
+    Args:
+      best: f32[B, A] what anchors are ranked by, levels one after the other.
+      sizes: anchors of each level.
+      count: anchors per level.
+    """
+    start, rows = 0, []
+    for size in sizes:
+        rows.append(start + jax.lax.top_k(best[:, start : start + size], min(count, size))[1])
+        start += size
+    return jnp.concatenate(rows, 1)
 
 
 def assign_targets(head: HeadOutput, scene: Scene, config: Any) -> Assignment:
@@ -364,7 +399,7 @@ def decode(
     """Turns the predictions of all anchors into final boxes.
 
     Args:
-      output: of the network, in evaluation mode; `raw.head` is read.
+      output: of the network, in evaluation mode; only its predictions are read.
       points: the clouds that it read.
       config: config.detector.
       decode_config: thresholds; None for the evaluation protocol.
@@ -372,31 +407,8 @@ def decode(
     Returns:
       Detections sorted by falling score.
     """
-    head: HeadOutput = output.raw.head
-    score = scores_from_head(head)
-    best = jnp.where(head.mask, jnp.max(score, -1), -1.0)
-    rows = candidates_by_level(
-        best, [level.mask.shape[1] for level in output.raw.neck], config.num_candidates
-    )
-    boxes = gather_rows(boxes_from_head(head.points, head.box_channels), rows)
-    picked = Predictions(
-        boxes[..., :3], boxes[..., 3:6], boxes[..., 6], gather_rows(head.class_logits, rows),
-        gather_rows(best, rows), gather_rows(head.mask, rows),
-    )  # fmt: skip
+    predictions = output.predictions
+    scores = jax.nn.sigmoid(predictions.class_logits) * predictions.objectness[..., None]
     decode_config = decode_config or evaluation_protocol(config.oriented)
-    return select_dense_detections(picked, points, decode_config, rows.shape[1], gather_rows(score, rows))
-
-
-def candidates_by_level(best: Float[Array, "b a"], sizes: list[int], count: int) -> Array:
-    """Rows of the `count` best anchors of each level: i32[B, sum of min(count, size)].
-
-    Args:
-      best: f32[B, A] what anchors are ranked by, levels one after the other.
-      sizes: anchors of each level.
-      count: anchors per level.
-    """
-    start, rows = 0, []
-    for size in sizes:
-        rows.append(start + jax.lax.top_k(best[:, start : start + size], min(count, size))[1])
-        start += size
-    return jnp.concatenate(rows, 1)
+    count = config.num_candidates * len(STRIDES)
+    return select_dense_detections(predictions, points, decode_config, count, scores)
