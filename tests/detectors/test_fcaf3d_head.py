@@ -184,7 +184,7 @@ def test_a_batch_over_devices_equals_one_device():
 
 
 @pytest.mark.parametrize("oriented", [True, False])
-@pytest.mark.parametrize("candidates", [1000, 40])
+@pytest.mark.parametrize("candidates", [pytest.param(1000, marks=pytest.mark.slow), 40])
 def test_detections_against_loops(oriented, candidates):
     head, boxes = make_head(8, oriented), make_boxes(0)
     found = run("decode", head, boxes, make_config(oriented, num_candidates=candidates))
