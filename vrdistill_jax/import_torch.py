@@ -24,11 +24,13 @@ from vrdistill_jax.geometry.host.voxel_pyramid import build_voxel_pyramid
 from vrdistill_jax.interop.keras_votenet import variables_from_keras
 from vrdistill_jax.interop.name_map import Variables, check_shapes
 from vrdistill_jax.interop.parity import ParityTable
+from vrdistill_jax.interop.parity_fcaf3d import check_fcaf3d
 from vrdistill_jax.interop.parity_groupfree3d import check_groupfree3d
 from vrdistill_jax.interop.parity_h3dnet import check_h3dnet
 from vrdistill_jax.interop.parity_three_detr import check_three_detr
 from vrdistill_jax.interop.parity_tr3d import check_tr3d
 from vrdistill_jax.interop.parity_votenet import check_votenet
+from vrdistill_jax.interop.torch_fcaf3d import variables_from_fcaf3d
 from vrdistill_jax.interop.torch_file import read_torch_file
 from vrdistill_jax.interop.torch_groupfree3d import variables_from_groupfree3d
 from vrdistill_jax.interop.torch_h3dnet import variables_from_h3dnet
@@ -64,6 +66,7 @@ IMPORTERS = {
     "3detr": Importer(variables_from_three_detr, check_three_detr),
     "3detr_m": Importer(variables_from_three_detr_m, check_three_detr),
     "tr3d": Importer(variables_from_tr3d, check_tr3d),
+    "fcaf3d": Importer(variables_from_fcaf3d, check_fcaf3d),
 }
 
 

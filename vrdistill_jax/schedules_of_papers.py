@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-SPARSE = ("tr3d", "sr3d")
+SPARSE = ("tr3d", "sr3d", "fcaf3d")
 
 
 def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
@@ -11,17 +11,19 @@ def use_published_schedule(config: ConfigDict, num_scenes: int) -> None:
     VoteNet: Adam, 180 epochs of batches of 8, steps at 80, 120 and 160, falling norm momentum. H3DNet: likewise, 360 epochs,
     own steps. Group-Free-3D: 400 epochs of batches of 32, steps at 280 and 340 (SUN RGB-D: 600; 420, 480 and 540). 3DETR: 1080
     epochs of batches of 8, nine of warm-up, cosine. TR3D: 12 epochs of batches of 16, each of which shows a scene 15 times
-    (ScanNet) or 5 times (SUN RGB-D), steps at 8 and 11; SR3D: 13 epochs, steps at 8, 11 and 12, 300 steps of warm-up.
+    (ScanNet) or 5 times (SUN RGB-D), steps at 8 and 11; FCAF3D: likewise, 10 times or 3 times; SR3D: 13 epochs, steps at 8, 11
+    and 12, 300 steps of warm-up.
 
-    Source: votenet, train.py; 3detr, README; tr3d, configs; SR3D, section 4.1.
+    Source: votenet, train.py; 3detr, README; tr3d and fcaf3d, configs; SR3D, section 4.1.
     """
     epoch, name = num_scenes // config.train.batch_size, config.detector.name
     if name in SPARSE:
-        repeats = 5 if config.detector.oriented else 15
-        num_epochs, at = (12, (8, 11)) if name == "tr3d" else (13, (8, 11, 12))
+        scannet, sunrgbd = (10, 3) if name == "fcaf3d" else (15, 5)
+        repeats = sunrgbd if config.detector.oriented else scannet
+        num_epochs, at = (13, (8, 11, 12)) if name == "sr3d" else (12, (8, 11))
         config.optimizer.schedule = "steps"
         config.optimizer.decay_epochs = tuple(float(repeats * epoch_number) for epoch_number in at)
-        config.optimizer.warmup_steps = 0 if name == "tr3d" else 300
+        config.optimizer.warmup_steps = 300 if name == "sr3d" else 0
         config.train.num_steps = num_epochs * repeats * epoch
         config.train.eval_every = config.train.checkpoint_every = repeats * epoch
         return

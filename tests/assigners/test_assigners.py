@@ -60,7 +60,8 @@ def test_assigns_real_anchors_to_real_boxes_with_their_iou(variant, scene, plain
             expected = oracle.geometry.iou(box, anchors.boxes[b, a].astype(float))
             assert plain.quality[b, a] == pytest.approx(expected, abs=1e-5)
     assert (np.asarray(plain.quality)[index < 0] == 0).all()
-    assert len(set(index[0])) == 5, "every box of the first scene has a positive"
+    if variant != "fcaf3d":  # which takes anchors inside only: two of these boxes hold none
+        assert len(set(index[0])) == 5, "every box of the first scene has a positive"
 
 
 def test_more_padding_and_garbage_in_pads_change_nothing(variant, scene, plain):
@@ -182,6 +183,6 @@ def test_masked_anchors_are_dropped_whatever_an_assigner_says(scene):
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(
-        ValueError, match="unknown assigner 'spotta'; known: alignota, ota, simota, spota, top_k"
+        ValueError, match="unknown assigner 'spotta'; known: alignota, fcaf3d, ota, simota, spota, top_k"
     ):
         find_assigner("spotta")

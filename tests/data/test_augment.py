@@ -6,6 +6,7 @@ from scenes import make_sample
 from scipy.spatial import cKDTree
 
 from vrdistill_jax.data.augment import (
+    AUGMENTATIONS,
     Augmentation,
     augment,
     change_color,
@@ -13,7 +14,7 @@ from vrdistill_jax.data.augment import (
     transform_sample,
 )
 from vrdistill_jax.geometry.host.boxes import corners_from_boxes, points_in_boxes
-from vrdistill_jax.recipes import AUGMENTATIONS, SCANNET, SUNRGBD, augmentation
+from vrdistill_jax.recipes import SCANNET, SUNRGBD, augmentation
 
 
 def rotation(angle: float, scale: float = 1.0) -> np.ndarray:

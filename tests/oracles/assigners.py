@@ -215,3 +215,36 @@ def ota(anchors, boxes, epsilon=0.1, iterations=50, rotated=True):
     for j, a in enumerate(real):
         result[a] = gts[owner[j]] if owner[j] < len(gts) else -1
     return result
+
+
+def centerness(point, box):
+    """0 outside; inside the root of the product of smaller over larger face distance, axis by axis."""
+    offset = np.asarray(point, np.float64) - box[:3]
+    x, y = geometry.rotate(offset[:2], -box[6])
+    value = 1.0
+    for at, size in zip((x, y, offset[2]), box[3:6], strict=True):
+        low, high = size / 2 + at, size / 2 - at
+        if min(low, high) <= 0:
+            return 0.0
+        value *= min(low, high) / max(low, high)
+    return math.sqrt(value)
+
+
+def fcaf3d(anchors, boxes, k=18, min_inside=27):
+    claims: dict[int, list[int]] = {}
+    rows, levels = rows_of(boxes), sorted({int(n) for n in anchors.level})
+    for g in real_rows(boxes.mask):
+        inside = {a: centerness(anchors.xyz[a], rows[g]) for a in real_rows(anchors.mask)}
+        by_level = [[(c, a) for a, c in inside.items() if c > 0 and anchors.level[a] == n] for n in levels]
+        chosen = 0
+        while chosen + 1 < len(levels) and min(map(len, by_level[: chosen + 2])) >= min_inside:
+            chosen += 1
+        best = sorted(by_level[chosen], reverse=True)
+        limit = best[k][0] if len(best) > k else -1.0
+        for c, a in best:
+            if c > limit:
+                claims.setdefault(a, []).append(g)
+    result = np.full(len(anchors.mask), -1)
+    for a, owners in claims.items():
+        result[a] = min(owners, key=lambda g: np.prod(rows[g][3:6]))
+    return result

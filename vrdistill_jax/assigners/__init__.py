@@ -10,10 +10,11 @@ without boxes.
 
 from types import ModuleType
 
-from vrdistill_jax.assigners import alignota, ota, simota, spota, top_k
+from vrdistill_jax.assigners import alignota, fcaf3d, ota, simota, spota, top_k
 
 ASSIGNERS: dict[str, ModuleType] = {
     "top_k": top_k,
+    "fcaf3d": fcaf3d,
     "spota": spota,
     "ota": ota,
     "simota": simota,

@@ -8,6 +8,7 @@ The steps, in order: take a share of the points, crop ("first"), flip x, flip y,
 docs/data.md lists what each detector family uses.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,48 @@ class Augmentation(NamedTuple):
     color_shift: float = 0.0  # 0.05 for a summand per channel uniform in +-0.05
     color_jitter: float = 0.0  # 0.025 for a summand per point, the same for its channels, uniform in +-0.025
     color_drop: float = 0.0  # probability that a point's colour becomes black
+
+
+# What is done to training scenes, per detector: (axis-aligned boxes: ScanNet, turned boxes: SUN RGB-D). Colour steps take
+# effect only where the detector reads colour. docs/data.md says where the numbers are from.
+_VOTENET = (
+    Augmentation(flip_x=0.5, flip_y=0.5, max_turn=math.radians(5), refit_boxes=True),
+    Augmentation(
+        flip_x=0.5,
+        max_turn=math.radians(30),
+        max_scale=0.15,
+        color_gain=0.2,
+        color_shift=0.05,
+        color_jitter=0.025,
+        color_drop=0.3,
+    ),
+)
+_THREE_DETR = (
+    _VOTENET[0]._replace(crop="first", crop_min_share=0.5, crop_min_aspect=0.8),
+    _VOTENET[1]._replace(crop="last", crop_min_share=0.75, crop_min_aspect=0.75),
+)
+_TR3D = (
+    Augmentation(
+        points_share=(0.33, 1.0),
+        flip_x=0.5,
+        flip_y=0.5,
+        max_turn=0.02,
+        max_scale=0.1,
+        shift_std=0.1,
+        refit_boxes=True,
+    ),
+    Augmentation(flip_x=0.5, max_turn=math.radians(30), max_scale=0.15, shift_std=0.1),
+)
+AUGMENTATIONS = {
+    "votenet": _VOTENET,
+    "groupfree3d": _VOTENET,
+    "h3dnet": _VOTENET,
+    "3detr": _THREE_DETR,
+    "3detr_m": _THREE_DETR,
+    "fcaf3d": (_TR3D[0]._replace(points_share=(1.0, 1.0), max_turn=math.radians(5)), _TR3D[1]),
+    "tr3d": _TR3D,
+    "sr3d": (_TR3D[0]._replace(max_turn=math.radians(5), max_scale=0.4), _TR3D[1]),
+}
 
 
 def read_augmentation(config: Any) -> Augmentation:

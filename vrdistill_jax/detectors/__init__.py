@@ -14,7 +14,7 @@ A dense network (TR3D, SR3D) predicts at every anchor and has no proposals until
 
 from types import ModuleType
 
-from vrdistill_jax.detectors import groupfree3d, h3dnet, sr3d, three_detr, tr3d, votenet
+from vrdistill_jax.detectors import fcaf3d, groupfree3d, h3dnet, sr3d, three_detr, tr3d, votenet
 
 DETECTORS: dict[str, ModuleType] = {
     "votenet": votenet,
@@ -24,6 +24,7 @@ DETECTORS: dict[str, ModuleType] = {
     "3detr_m": three_detr,
     "tr3d": tr3d,
     "sr3d": sr3d,
+    "fcaf3d": fcaf3d,
 }
 
 

@@ -23,34 +23,48 @@ def evaluation_protocol(rotated: bool) -> DecodeConfig:
 
 
 def select_dense_detections(
-    predictions: Predictions, points: Points, config: DecodeConfig, num_candidates: int = NUM_CANDIDATES
+    predictions: Predictions,
+    points: Points,
+    config: DecodeConfig,
+    num_candidates: int = NUM_CANDIDATES,
+    scores: Float[Array, "b q k"] | None = None,
 ) -> Detections:
     """Ranks anchors, suppresses, thresholds.
 
     Args:
-      predictions: of all anchors; a class's score is the sigmoid of its logit.
+      predictions: of all anchors.
       points: the clouds that they were made from (read only if config.min_points is set).
       config: thresholds. With per_class, an anchor gives a detection for every class whose score exceeds the threshold, and
         boxes of one class suppress each other; without, one for its likeliest class.
       num_candidates: anchors that go on to suppression, those with the highest score of any class.
+      scores: f32[B, Q, K] in [0, 1] of each class; None for the sigmoids of the logits.
 
     Returns:
       Detections sorted by falling score; D = num_candidates * K with config.per_class, else num_candidates (fewer where
       there are fewer anchors).
     """
+    rank = (
+        predictions.class_logits if scores is None else scores
+    )  # logits differ where scores have come close to 1
+    num_candidates = min(num_candidates, rank.shape[1])
+    large = (
+        num_candidates > NUM_CANDIDATES
+    )  # tables of all pairs then exist for one class of one scene at a time
 
-    def select_one(p: Predictions, xyz: Array, real: Array) -> Detections:
-        best = jnp.where(p.mask, jnp.max(p.class_logits, -1), -jnp.inf)
-        rows = jax.lax.top_k(best, min(num_candidates, best.shape[0]))[1]
+    def select_one(p: Predictions, rank: Array, xyz: Array, real: Array) -> Detections:
+        rows = jax.lax.top_k(jnp.where(p.mask, jnp.max(rank, -1), -jnp.inf), num_candidates)[1]
         boxes = join_boxes(p.center, p.size, p.yaw)[rows]
-        score, mask = jax.nn.sigmoid(p.class_logits[rows]), p.mask[rows]
+        score, mask = (jax.nn.sigmoid(rank[rows]) if scores is None else rank[rows]), p.mask[rows]
         if config.min_points > 0:
             mask &= count_points_in_boxes(xyz, boxes, real) >= config.min_points
         classes = jnp.arange(score.shape[1])
         if config.per_class:
             valid = mask[:, None] & (score > config.score_threshold)
             suppresses = _box_iou(boxes, config.overlap) > config.nms_iou
-            kept = jax.vmap(suppress, (None, 1, 1), 1)(suppresses, score, valid)
+            if large:
+                kept = jax.lax.map(lambda column: suppress(suppresses, *column), (score.T, valid.T)).T
+            else:
+                kept = jax.vmap(suppress, (None, 1, 1), 1)(suppresses, score, valid)
             label = jnp.broadcast_to(classes, score.shape)
         else:
             label, score = classes[jnp.argmax(score, -1)], jnp.max(score, -1)
@@ -62,7 +76,8 @@ def select_dense_detections(
         kept, score, label = (x.reshape(-1)[order] for x in (kept, score, label))
         return Detections(boxes[row], jnp.where(kept, score, 0.0), label.astype(jnp.int32), kept)
 
-    return jax.vmap(select_one)(predictions, points.xyz, points.mask)
+    batch = predictions, rank, points.xyz, points.mask
+    return jax.lax.map(lambda one: select_one(*one), batch) if large else jax.vmap(select_one)(*batch)
 
 
 def suppress(

@@ -310,14 +310,32 @@ def boxes_from_head(points: Float[Array, "*b 3"], channels: Float[Array, "*b c"]
     e = channels[..., 3:6]
     if channels.shape[-1] == 6:
         return join_boxes(center, e, jnp.zeros_like(e[..., 0]))
-    a, b = channels[..., 6], channels[..., 7]
+    outline, yaw = outline_from_angle(e[..., 0] + e[..., 1], channels[..., 6], channels[..., 7])
+    return join_boxes(center, jnp.concatenate([outline, (e[..., 1] + e[..., 2])[..., None]], -1), yaw)
+
+
+def outline_from_angle(
+    total: Float[Array, "*b"], a: Float[Array, "*b"], b: Float[Array, "*b"]
+) -> tuple[Float[Array, "*b 2"], Float[Array, "*b"]]:
+    """Decodes the two channels that say how a box is turned and how long it is for its width.
+
+    Args:
+      total: f32[...] length + width, metres.
+      a: f32[...] log q * sin(2 yaw).
+      b: f32[...] log q * cos(2 yaw).
+
+    Returns:
+      (f32[..., 2] total / (1 + q) and q times that, f32[...] yaw in (-pi/2, pi/2]); where a = b = 0 a square of yaw 0.
+
+    Source: FCAF3D, section 3.3: a square has no yaw, and both names of a rectangle have the same channels.
+    """
     squared = a**2 + b**2
     known = squared > 0  # the angle of (0, 0) has no gradient
     a, squared = jnp.where(known, a, 1.0), jnp.where(known, squared, 1.0)
     ratio = jnp.where(known, jnp.exp(jnp.sqrt(squared)), 1.0)
     yaw = jnp.where(known, 0.5 * jnp.arctan2(a, b), 0.0)
-    scale = (e[..., 0] + e[..., 1]) / (1 + ratio)
-    return join_boxes(center, jnp.stack([scale, scale * ratio, e[..., 1] + e[..., 2]], -1), yaw)
+    width = total / (1 + ratio)
+    return jnp.stack([width, width * ratio], -1), yaw
 
 
 def predictions_from_head(head: HeadOutput) -> Predictions:
@@ -400,9 +418,7 @@ def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | Non
     }
     total = terms["class"] + terms["box"]
     real = boxes.mask & scene.mask[:, None]
-    per_box = jax.vmap(lambda index: jnp.sum(index[:, None] == jnp.arange(boxes.mask.shape[1]), axis=0))(
-        assignment.gt_index
-    ).astype(jnp.float32)
+    per_box = count_positives(assignment.gt_index, boxes.mask.shape[1])
     gap = ranking.score_quality_gap(head.class_logits, label, assignment.quality)
     common = assign_targets(head, scene, config, "top_k")
     common_label = jnp.where(
@@ -417,6 +433,11 @@ def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | Non
         "missed": mean((per_box == 0).astype(jnp.float32), real),
     }
     return total, terms
+
+
+def count_positives(gt_index: Int[Array, "b a"], num_boxes: int) -> Float[Array, "b g"]:
+    """How many anchors each box trains."""
+    return jnp.sum(gt_index[..., None] == jnp.arange(num_boxes), axis=1).astype(jnp.float32)
 
 
 def classification_loss(

@@ -56,6 +56,7 @@ SMALL_BUDGETS = {
     # The recipe's batch of 8 would take twice as long; more steps teach more than larger ones.
     "tr3d": Budget("teacher", SPARSE_CHANGES),
     "sr3d": Budget("teacher", SPARSE_CHANGES),
+    "fcaf3d": Budget("teacher", SPARSE_CHANGES),
 }
 # Of a record's config: says nothing about what was trained (the teacher is named by the cell).
 NOT_COMPARED = ("teacher.",)

@@ -52,6 +52,18 @@ class VoxelFeatures(NamedTuple):
     mask: Array  # bool[B, V] False in pads and where pruned
 
 
+class PrunedFeatures(NamedTuple):
+    """One level of a neck's output, and how it was pruned."""
+
+    coords: Array  # i32[B, V, 3] lower corners in units of the input voxels
+    features: Array  # f32[B, V, C] zero in pads
+    mask: Array  # bool[B, V] False in pads and where pruned
+    candidates: (
+        Array | None
+    )  # bool[B, V] what there was before pruning; None for the coarsest level, which is never pruned
+    score: Array | None  # f32[B, V] what decided who is kept
+
+
 def tr3d_pyramid_config(
     voxel_size: float = 0.01, capacities: tuple[tuple[int, ...], ...] = (), tiles: bool = False
 ) -> VoxelPyramidConfig:
@@ -307,7 +319,8 @@ class FCAF3DNeck(nn.Module):
         score: Callable[[Float[Array, "b v c"]], Float[Array, "b v"]],
         *,
         train: bool,
-    ) -> tuple[VoxelFeatures, ...]:
+        kept: Sequence[Bool[Array, "b v"]] | None = None,
+    ) -> tuple[PrunedFeatures, ...]:
         """Merges the stages.
 
         Args:
@@ -316,6 +329,7 @@ class FCAF3DNeck(nn.Module):
           score: from a level's output f32[B, V, size] to what decides about pruning the next finer level, f32[B, V]: the
             reference takes the highest class logit. No gradient flows through it.
           train: batch statistics or running ones.
+          kept: voxels of strides 8, 16 and 32 that are kept, whatever their scores; None for those with the highest scores.
 
         Returns:
           Levels of strides 8, 16, 32 and 64 (rows FCAF3D_LEVELS of the pyramid); the masks leave out what was pruned.
@@ -323,6 +337,7 @@ class FCAF3DNeck(nn.Module):
         x, outputs = stages[-1], []
         level = pyramid.levels[FCAF3D_LEVELS[-1]]
         mask, scores = level.mask, jnp.zeros(level.mask.shape)
+        candidates = prune_score = None
         for stage in reversed(range(NUM_STAGES)):
             if stage < NUM_STAGES - 1:
                 above, level = level, pyramid.levels[FCAF3D_LEVELS[stage]]
@@ -330,14 +345,14 @@ class FCAF3DNeck(nn.Module):
                 x = self.up_blocks[stage](x, level.up, made, train=train)
                 x = self.refine_blocks[stage](x, level.same3, made, train=train)
                 x = x + take_skip(stages[stage], level.skip)
-                scores = interpolate_to_children(scores[..., None], level.up, above.same3)[..., 0]
-                mask = keep_highest(
-                    scores, made | (require_map(level.skip).index[..., 0] >= 0), self.prune_threshold
-                )
+                prune_score = interpolate_to_children(scores[..., None], level.up, above.same3)[..., 0]
+                candidates = made | (require_map(level.skip).index[..., 0] >= 0)
+                best = keep_highest(prune_score, candidates, self.prune_threshold)
+                mask = best if kept is None else candidates & kept[stage]
                 x = _mask_rows(x, mask)
             y = self.out_blocks[stage](x, level.same3, mask, train=train)
             scores = jnp.where(mask, jax.lax.stop_gradient(score(y)), 0.0)
-            outputs.append(VoxelFeatures(level.coords, y, mask))
+            outputs.append(PrunedFeatures(level.coords, y, mask, candidates, prune_score))
         return tuple(reversed(outputs))
 
 
