@@ -255,6 +255,7 @@ def make_distill_step(
             output = choose_proposals(model, variables, output, taught if teacher.same_geometry else output)
             aligned = _at_clusters_of(model, variables, output, taught, train=True) if needs_aligned else None
             for n, (name, method) in enumerate(methods.items()):
+                extras: dict[str, Any] = {"judge": judge} if method.needs_judge else {}
                 value, parts = method.module.apply(
                     {"params": distiller_params[name]},
                     output,
@@ -262,7 +263,7 @@ def make_distill_step(
                     scene,
                     aligned=aligned if method.needs_aligned else None,
                     train=True,
-                    **({"judge": judge} if method.needs_judge else {}),
+                    **extras,
                     rngs={"distiller": jax.random.fold_in(key, n)},
                 )
                 total = total + value
