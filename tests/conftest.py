@@ -1,8 +1,15 @@
 """Shared fixtures. The process environment is set before jax is imported anywhere."""
 
+import importlib.metadata
 import os
 import pathlib
 
+if importlib.metadata.version("jax").startswith("0.10."):
+    # Tests compile hundreds of small programs and call each a few times: without optimisation they take about 60 % of the time.
+    # (Only for the version that it was tried with: XLA refuses to start with a flag that it does not know.)
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    )
 os.environ.setdefault(
     "NPROC", "16"
 )  # several simulated CPU devices on few cores deadlock without it (XLA CPU)
