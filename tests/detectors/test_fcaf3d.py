@@ -15,6 +15,7 @@ from vrdistill_jax.structs import Points, Scene, pad_boxes
 from vrdistill_jax.training.state import count_parameters
 
 CAPACITIES = (640, 640, 640, 256, 96, 40, 24, 128, 640, 4096)
+DENSER = (640, 640, 640, 256, 96, 40, 16, 128, 1024, 8192)
 # Each program runs a few times: compiling it well would take longer than it saves.
 jit = partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -29,9 +30,8 @@ def make_config(oriented=False, num_classes=4, **changes):
 
 
 def small_config(**changes):
-    return make_config(
-        width=1 / 16, num_blocks=(1, 1, 1, 1), prune_threshold=300, num_candidates=100, **changes
-    )
+    small = dict(width=1 / 16, num_blocks=(1, 1, 1, 1), prune_threshold=300, num_candidates=100)
+    return make_config(**(small | changes))
 
 
 def make_inputs(config, seeds=(0, 1), num_boxes=3, capacities=CAPACITIES, num_points=700):
@@ -119,7 +119,7 @@ def test_anchors_and_what_padding_and_other_scenes_do(variables):
 
 @pytest.mark.slow
 def test_every_parameter_is_trained_and_no_box_is_no_problem(variables):
-    config = small_config()
+    config = small_config(voxel_size=0.05, prune_threshold=100_000)  # every box holds anchors
     model = fcaf3d.build(config)
 
     @jit
@@ -131,7 +131,8 @@ def test_every_parameter_is_trained_and_no_box_is_no_problem(variables):
 
         return jax.value_and_grad(objective, has_aux=True)(params)
 
-    (total, terms), gradient = value_and_grad(variables["params"], make_inputs(config))
+    scene, pyramid = make_inputs(config, capacities=DENSER)
+    (total, terms), gradient = value_and_grad(variables["params"], (scene, pyramid))
     assert np.isfinite(total)
     assert terms["positives"] > 1
     norms = jax.tree.map(lambda x: float(jnp.linalg.norm(x)), gradient)
@@ -140,6 +141,7 @@ def test_every_parameter_is_trained_and_no_box_is_no_problem(variables):
         jax.tree_util.keystr(path) for path, norm in jax.tree_util.tree_leaves_with_path(norms) if norm == 0
     }
     assert unused <= {f"['scale_{n}']" for n in (1, 2, 3)}
-    (total, terms), gradient = value_and_grad(variables["params"], make_inputs(config, num_boxes=0))
+    none = scene.boxes._replace(mask=np.zeros_like(scene.boxes.mask))
+    (total, terms), gradient = value_and_grad(variables["params"], (scene._replace(boxes=none), pyramid))
     assert terms["box"] == terms["center"] == 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((total, gradient)))
