@@ -101,8 +101,8 @@ def misfit_curves() -> dict[str, dict[str, list]]:
     share = np.linspace(0, 1, STEPS, dtype=np.float32)
     boxes = {
         "centre moves, in lengths of the box": (2 * share, 0, 2 * BOX[0] * share),
-        "length times, centre stays": (1 + 3 * share, 3, BOX[0] * (1 + 3 * share)),
-        "longer and narrower, same volume": (1 + 3 * share, None, None),
+        "length over the true one, centre stays": (1 + 3 * share, 3, BOX[0] * (1 + 3 * share)),
+        "length over the true one, same volume": (1 + 3 * share, None, None),
     }
     panels = {}
     for name, (x, column, values) in boxes.items():
