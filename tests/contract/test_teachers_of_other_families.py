@@ -55,7 +55,7 @@ SLOW = {"h3dnet", "votenet"}
     scope="module", params=[pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FAMILIES]
 )
 def teacher_dir(request, tmp_path_factory):
-    return save_teacher(tmp_path_factory.mktemp(request.param), FAMILIES[request.param]())
+    return save_teacher(tmp_path_factory.mktemp(request.param), FAMILIES[request.param](), initialize=False)
 
 
 def draw(init, batch):
@@ -124,7 +124,7 @@ def test_methods_that_compare_proposals_one_by_one_say_what_differs(teacher_dir,
 def test_any_student_learns_from_a_votenet(detector, tmp_path):
     """The other way round; for shapes and names, nothing is computed."""
     config = FAMILIES[detector]()
-    own = distill_config(save_teacher(tmp_path, tiny_config()), ("vrdistill", "seed"))
+    own = distill_config(save_teacher(tmp_path, tiny_config(), initialize=False), ("vrdistill", "seed"))
     config.teacher, config.distiller = own.teacher, own.distiller
     teacher = load_teacher(config, tmp_path)
     file = find_detector(detector)
