@@ -342,6 +342,42 @@ def test_where_gradients_go():
     np.testing.assert_array_equal(params["align"]["kernel"], 0)
 
 
+def test_the_teachers_own_features_as_the_target():
+    """Positions are the refined ones, features the teacher's; L_dis then has nothing to change in the refinement."""
+    scene, student, teacher = make_scene(), make_votes(1), make_votes(2)
+    module = make(heads=2, layers=1, target_features="initial")
+    params = shaken(init(module, student, teacher, scene), scale=0.1)
+    refined = vrdistill.refine_votes(module, params, output_of(teacher))[1]
+    assert np.abs(refined.features - teacher.features).max() > 0.01
+    _, terms = apply(module, params, refined._replace(features=teacher.features), teacher, scene)
+    assert terms["dis"] == 0
+    *_, grads = gradients(student, teacher, scene, mu=0.0, target_features="initial")
+    assert all(not np.any(x) for x in jax.tree.leaves(grads["refinement"]))
+
+
+def test_the_teachers_head_trains_the_refinement_only():
+    scene, student, teacher = make_scene(), make_votes(1), make_votes(2)
+    module = make(heads=2, layers=1, eta=0.0, mu=0.0, head_weight=3.0)
+    assert module.needs_judge
+    assert not make().needs_judge
+    assert not make(refine=False, head_weight=1.0).needs_judge
+    params = shaken(init(module, student, teacher, scene), scale=0.1)
+
+    def loss(params, features):
+        votes = student._replace(features=features)
+        outputs = output_of(votes), output_of(teacher)
+        return module.apply({"params": params}, *outputs, scene, judge=lambda v: jnp.sum(v.features**2))
+
+    refined = vrdistill.refine_votes(module, params, output_of(teacher))[1]
+    total, terms = loss(params, student.features)
+    np.testing.assert_allclose(total, 3 * np.sum(refined.features**2), rtol=1e-5)
+    np.testing.assert_allclose(terms["head"], total / 3, rtol=1e-6)
+    of_params, of_student = jax.grad(lambda *x: loss(*x)[0], argnums=(0, 1))(params, student.features)
+    assert np.abs(of_params["refinement"]["ffn_out0"]["kernel"]).max() > 0
+    np.testing.assert_array_equal(of_student, 0)
+    assert "head" not in apply(module, params, student, teacher, scene)[1]
+
+
 @pytest.mark.parametrize("stop", [True, False])
 def test_everything_is_finite_with_coincident_votes_no_boxes_and_no_votes(stop):
     coincident = make_votes(1, size=4)._replace(xyz=np.zeros((B, M, 3), np.float32))
@@ -417,6 +453,8 @@ def test_refinement_learns_to_move_votes_on_unseen_scenes():
         (dict(cross_query="other"), "cross_query"),
         (dict(ref_target="seed"), "ref_target"),
         (dict(reduction="max"), "reduction"),
+        (dict(target_features="votes"), "target_features"),
+        (dict(head_weight=1.0, vote_level="vote"), "head reads clusters"),
     ],
 )
 def test_bad_knobs_are_named(change, message):

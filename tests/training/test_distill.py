@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -66,6 +67,7 @@ def start(config, workdir, batch, distill=True):
 def test_every_method_learns_and_stays_finite_without_boxes(teacher_dir, tmp_path):
     """All methods at once: the terms carry their names, and the total is their sum."""
     config = distill_config(teacher_dir, DISTILLERS)
+    config.distiller.methods.vrdistill.head_weight = 1.0
     full, empty = make_batch(config), make_batch(config, num_boxes=0)
     step, state, constants = start(config, tmp_path, full)
     for batch in (full, empty, full):
@@ -77,6 +79,7 @@ def test_every_method_learns_and_stays_finite_without_boxes(teacher_dir, tmp_pat
     assert set(state.distiller.params) == set(DISTILLERS)
     for name in DISTILLERS:
         assert metrics[f"{name}/total"] > 0, name
+    assert metrics["vrdistill/head"] > 0
     for leaf in jax.tree.leaves(state.distiller.params):
         assert np.isfinite(leaf).all()
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, state.params)
@@ -160,6 +163,8 @@ def test_proposals_at_given_clusters():
     assert again.predictions.center.shape == (2, 10, 3)
     same = model.apply(variables, output, output, train=False, method="propose_like")
     jax.tree.map(np.testing.assert_array_equal, same, output)
+    read = model.apply(variables, output, output.taps["clusters"], train=False, method="propose_at")
+    jax.tree.map(np.testing.assert_array_equal, read, output)
 
 
 # ---- Methods
@@ -170,6 +175,15 @@ def test_methods_are_named(teacher_dir, tmp_path):
     teacher = load_teacher(config, tmp_path)
     with pytest.raises(ValueError, match="config.distiller.methods is empty"):
         make_distillation(config, teacher, MOMENTUM)
+    config = distill_config(teacher_dir, ("vrdistill",))
+    config.distiller.methods.vrdistill.head_weight = 1.0
+    assert make_distillation(config, teacher, MOMENTUM).methods["vrdistill"].needs_judge
+    without = teacher._replace(model=nn.Dense(1))
+    with pytest.raises(
+        ValueError, match="head_weight is set, but the head of votenet cannot read other votes"
+    ):
+        make_distillation(config, without, MOMENTUM)
+    config = distill_config(teacher_dir, ())
     config.distiller.methods["vrdistil"] = ConfigDict({"weight": 1.0})
     with pytest.raises(ValueError, match="unknown distiller 'vrdistil'; known: .*seed.*vrdistill"):
         make_distillation(config, teacher, MOMENTUM)
