@@ -225,7 +225,7 @@ def test_failures_exit_with_1(monkeypatch, capsys):
         record.failures.append("the peer disagrees")
 
     class Options:
-        suite, json, seconds, quick = "broken", None, 0.1, True
+        suite, json, seconds, quick, cloud = "broken", None, 0.1, True, None
 
     monkeypatch.setitem(benchmark.SUITES, "broken", broken)
     monkeypatch.setattr(benchmark.flags, "FLAGS", Options)

@@ -42,12 +42,13 @@ CONFIGS = {
     "tr3d": partial(tiny_sparse_config, "tr3d"),
     "sr3d": partial(tiny_sparse_config, "sr3d"),
 }
+WITHOUT_TAPS = {"fcaf3d"}  # offers none that distillers read
 PAIRS = [(detector, distiller) for detector in CONFIGS for distiller in DISTILLERS]
 COVERING = [pair for pair in PAIRS if "votenet" in pair]
 
 
 def test_every_detector_takes_part():
-    assert set(CONFIGS) == set(DETECTORS)
+    assert set(CONFIGS) | WITHOUT_TAPS == set(DETECTORS)
 
 
 @cache

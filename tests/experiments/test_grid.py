@@ -174,5 +174,5 @@ def test_published_records_are_found_done(tmp_path):
 def test_unknown_rows_and_tables_are_named():
     with pytest.raises(ValueError, match="Vrdistil"):
         choose_rows(table_rows(1), ["Vrdistil"])
-    with pytest.raises(ValueError, match="no table 5"):
-        table_rows(5)
+    with pytest.raises(ValueError, match="no table 12; there are 1, 2"):
+        table_rows(12)

@@ -1,6 +1,3 @@
-import pathlib
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +8,6 @@ from vrdistill_jax.data.loader import stack_trees
 from vrdistill_jax.geometry.host.voxel_pyramid import (
     build_voxel_pyramid,
     pad_voxel_pyramid,
-    pad_voxel_pyramids,
 )
 from vrdistill_jax.geometry.voxels import find_corners
 from vrdistill_jax.nn import sparse_conv, sparse_products
@@ -490,33 +486,3 @@ def test_kernel_maps_are_pytrees_without_gradients():
     )(jnp.ones((1, 2, 1)), KernelMap(index, None))
     assert dx.shape == (1, 2, 1)
     assert dmap.index.dtype == jax.dtypes.float0
-
-
-def test_the_documented_network_trains():
-    text = (pathlib.Path(__file__).parents[2] / "docs/sparse.md").read_text()
-    (code,) = (
-        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class SparseUNet" in block
-    )
-    names: dict = {"__name__": "example"}
-    exec(compile(code, "docs/sparse.md", "exec"), names)
-    config = names["config"]._replace(capacities=((210, 210, 180),))
-    random = np.random.default_rng(16)
-    xyz, mask = random.uniform(-0.5, 0.5, (2, 200, 3)).astype(np.float32), random.random((2, 200)) < 0.9
-    built = [build_voxel_pyramid(*cloud, config) for cloud in zip(xyz, mask, strict=True)]
-    pyramid = stack_trees(pad_voxel_pyramids(built, config))
-    features, model = random.random((2, 200, 3)).astype(np.float32), names["SparseUNet"](5)
-
-    def loss(params, stats):
-        logits = model.apply(
-            {"params": params, **stats}, features, pyramid, train=True, mutable=["batch_stats"]
-        )[0]
-        return jnp.mean(jnp.where(mask[..., None], jnp.square(logits - 1.0), 0.0))
-
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), features, pyramid, train=False))
-    variables = jax.tree.map(lambda leaf: random.uniform(-0.1, 0.2, leaf.shape).astype(np.float32), shapes)
-    params = variables.pop("params")
-    step = jax.jit(jax.value_and_grad(loss))
-    before, gradient = step(params, variables)
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
-    after, _ = step(jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient), variables)
-    assert after < before

@@ -225,7 +225,11 @@ def test_config_of_the_verb():
         ("kd", "unknown distiller 'kd'"),
         ("seed,third", "unknown 'third'; known: same, half, quarter"),
         ("seed,half,teacher,kitti", "unknown 'kitti'"),
-        ("seed,half,teacher,scannet,x", "expected METHOD,WIDTH,SIZE,DATASET"),
+        ("seed,half,teacher,scannet,x", "no recipe for detector 'x'"),
+        (
+            "seed,half,teacher,scannet,votenet,votenet,x",
+            "expected METHOD,WIDTH,SIZE,DATASET,DETECTOR,TEACHER",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             student.get_config(arguments)

@@ -18,19 +18,20 @@ class DecodeConfig(NamedTuple):
       class_aware: whether only boxes of the same class suppress each other.
       score_threshold: objectness must exceed it.
       min_points: boxes that hold fewer points of the cloud are dropped; 0 keeps all.
-      keep_surest: whether a scene of which every box is dropped for that keeps the one of highest objectness, as 3DETR does.
       overlap: what overlap means, as in geometry.nms: "aligned" bounds in 3D, as published numbers use, ....
       per_class: True emits every kept box once per class, scored objectness x class probability (evaluation);
         False emits it once, with its likeliest class, scored by objectness (prediction).
+      keep_surest: whether a scene of which every box is dropped for want of points keeps the one of highest objectness, as
+        3DETR does.
     """
 
     nms_iou: float = 0.25
     class_aware: bool = True
     score_threshold: float = 0.05
     min_points: int = 5
-    keep_surest: bool = False
     overlap: str = "aligned"
     per_class: bool = True
+    keep_surest: bool = False
 
 
 PREDICT = DecodeConfig(class_aware=False, score_threshold=0.5, per_class=False)

@@ -22,7 +22,7 @@ from vrdistill_jax.experiments.analysis import analyse_run
 from vrdistill_jax.experiments.protocol import list_tests, repeat_tests
 from vrdistill_jax.recipes import DATASETS, DETECTOR_RECIPES, student_config
 from vrdistill_jax.train import train
-from vrdistill_jax.training.checkpoint import describe_difference
+from vrdistill_jax.training.checkpoint import describe_difference, flatten_config
 from vrdistill_jax.training.logging import describe_environment
 
 TEACHER = "teacher"  # the width of a detector that is as wide as its recipe says, trained on its own
@@ -212,14 +212,18 @@ def is_trained(cell: Cell, study: Study) -> bool:
 def check_record(cell: Cell, study: Study) -> None:
     """Refuses a record of the same cell that was made with another config.
 
+    Entries that the record does not have were added to configs later; their defaults do what was done before.
+
     Raises:
       ValueError: naming what differs.
     """
     record = study.read(cell)
     if record is None:
         return
-    now = json.loads(cell_config(cell, study).to_json())
-    difference = describe_difference(record["config"], now, NOT_COMPARED)
+    now = flatten_config(json.loads(cell_config(cell, study).to_json()))
+    before = flatten_config(record["config"])
+    known = {key: value for key, value in now.items() if key in before}
+    difference = describe_difference(before, known, NOT_COMPARED)
     if difference:
         raise ValueError(
             f"{study.record_path(cell)} was made with another config ({difference}); move it away to run the cell again, or "

@@ -127,7 +127,7 @@ def describe_difference(before: dict, now: dict, ignore: tuple[str, ...] = ()) -
     Returns:
       The first entries that differ, empty if none does.
     """
-    before, now = _flatten(before), _flatten(now)
+    before, now = flatten_config(before), flatten_config(now)
     differing = [
         f"{k}: {before.get(k)} there, {now.get(k)} here"
         for k in sorted(before | now)
@@ -136,10 +136,13 @@ def describe_difference(before: dict, now: dict, ignore: tuple[str, ...] = ()) -
     return "; ".join(differing[:5])
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flatten_config(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Leaves of a nested dict by their dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            flatten_config(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat
 
 
