@@ -57,13 +57,49 @@ def networks(name: str) -> SimpleNamespace:
     detector, student_config, teacher_config = find_detector(name), CONFIGS[name](), CONFIGS[name]()
     teacher_config.detector.width *= 2
     batches = {n: make_batch(student_config, num_boxes=n) for n in (0, 3)}
-    scene, pyramid, _ = batches[3]
     student, teacher = (detector.build(c.detector) for c in (student_config, teacher_config))
-    variables, teacher_variables = (
-        init_variables(model, jax.random.key(n), scene.points, pyramid)
-        for n, model in enumerate((student, teacher))
-    )
     return SimpleNamespace(**locals())
+
+
+@cache
+def weights(name: str) -> tuple[dict, dict]:
+    """Untrained variables of student and teacher."""
+    of = networks(name)
+    scene, pyramid, _ = of.batches[3]
+    first, second = (
+        init_variables(model, jax.random.key(n), scene.points, pyramid)
+        for n, model in enumerate((of.student, of.teacher))
+    )
+    return first, second
+
+
+def run_networks(of, variables, teacher_variables, batch, needs_aligned):
+    """What a distiller is called with: the outputs of student and teacher, and the student's at the teacher's clusters."""
+    scene, pyramid, _ = batch
+    taught = of.teacher.apply(teacher_variables, scene.points, pyramid, train=False)
+    output = of.student.apply(variables, scene.points, pyramid, train=False)
+    taught = choose_proposals(of.teacher, teacher_variables, taught, taught)
+    output = choose_proposals(of.student, variables, output, taught)
+    aligned = None
+    if needs_aligned:
+        aligned = of.student.apply(variables, output, taught, train=False, method="propose_like")
+    return output, taught, aligned
+
+
+@cache
+def output_shapes(name: str) -> tuple:
+    """The shapes of what `run_networks` returns; nothing is computed."""
+    of = networks(name)
+
+    def run(batch):
+        scene, pyramid, _ = batch
+        variables = [
+            model.init(jax.random.key(0), scene.points, pyramid, train=False)
+            for model in (of.student, of.teacher)
+        ]
+        return run_networks(of, *variables, batch, needs_aligned=True)
+
+    return jax.eval_shape(run, of.batches[3])
 
 
 @cache
@@ -73,16 +109,8 @@ def distillation(detector: str, distiller: str) -> SimpleNamespace:
     module = file.build(file.default_config(), of.student_config.detector, of.teacher_config.detector)
 
     def outputs(params, teacher_variables, batch):
-        scene, pyramid, _ = batch
-        variables = of.variables | {"params": params}
-        taught = of.teacher.apply(teacher_variables, scene.points, pyramid, train=False)
-        output = of.student.apply(variables, scene.points, pyramid, train=False)
-        taught = choose_proposals(of.teacher, teacher_variables, taught, taught)
-        output = choose_proposals(of.student, variables, output, taught)
-        aligned = None
-        if file.NEEDS_ALIGNED:
-            aligned = of.student.apply(variables, output, taught, train=False, method="propose_like")
-        return output, taught, aligned
+        variables = weights(detector)[0] | {"params": params}
+        return run_networks(of, variables, teacher_variables, batch, file.NEEDS_ALIGNED)
 
     def total(params, teacher_variables, learned, batch):
         output, taught, aligned = outputs(params, teacher_variables, batch)
@@ -90,7 +118,8 @@ def distillation(detector: str, distiller: str) -> SimpleNamespace:
         return module.apply({"params": learned}, output, taught, batch.scene, aligned=aligned, rngs=rngs)
 
     def init(batch):
-        output, taught, aligned = outputs(of.variables["params"], of.teacher_variables, batch)
+        variables, teacher_variables = weights(detector)
+        output, taught, aligned = outputs(variables["params"], teacher_variables, batch)
         keys = {"params": jax.random.key(1), "distiller": jax.random.key(0)}
         return module.init(keys, output, taught, batch.scene, aligned=aligned).get("params", {})
 
@@ -100,13 +129,24 @@ def distillation(detector: str, distiller: str) -> SimpleNamespace:
 
 @pytest.mark.parametrize(("detector", "distiller"), [pair for pair in PAIRS if pair not in COVERING])
 def test_shapes(detector, distiller):
-    of, made = networks(detector), distillation(detector, distiller)
-    learned = jax.eval_shape(made.init, of.batches[3])
-    arguments = (of.variables["params"], of.teacher_variables, learned)
-    (value, terms), gradients = jax.eval_shape(made.gradient, *arguments, of.batches[3])
+    of, file = networks(detector), find_distiller(distiller)
+    module = file.build(file.default_config(), of.student_config.detector, of.teacher_config.detector)
+    output, taught, aligned = output_shapes(detector)
+    aligned, scene = aligned if file.NEEDS_ALIGNED else None, of.batches[3].scene
+    keys = {"params": jax.random.key(1), "distiller": jax.random.key(0)}
+    learned = jax.eval_shape(
+        lambda *x: module.init(keys, *x[:3], aligned=x[3]), output, taught, scene, aligned
+    )
+
+    def total(learned, output, taught, aligned):
+        rngs = {"distiller": jax.random.key(0)}
+        return module.apply(learned, output, taught, scene, aligned=aligned, rngs=rngs)
+
+    gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True, allow_int=True)
+    (value, terms), gradients = jax.eval_shape(gradient, learned, output, taught, aligned)
     assert value.shape == ()
     assert all(term.shape == () for term in terms.values())
-    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, arguments)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, (learned, output))
 
 
 def numbers(pairs, **options):
@@ -120,8 +160,9 @@ def numbers(pairs, **options):
 )
 def loss(request):
     of, made = networks(request.param[0]), distillation(*request.param)
+    variables, teacher_variables = weights(request.param[0])  # before anything is traced that reads them
     learned = jit(made.init)(of.batches[3])
-    arguments = (of.variables["params"], of.teacher_variables, learned)
+    arguments = (variables["params"], teacher_variables, learned)
     gradient, value = jit(made.gradient), jit(lambda *arguments: made.total(*arguments)[0])
     return SimpleNamespace(
         networks=of,

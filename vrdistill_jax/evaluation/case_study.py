@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vrdistill_jax.assigners.fcaf3d import centerness, face_distances
 from vrdistill_jax.geometry.boxes import join_boxes, points_in_boxes
 from vrdistill_jax.geometry.iou import box_iou
 from vrdistill_jax.structs import Boxes, Predictions
@@ -49,7 +50,7 @@ def correct_scores(
         foreground, own = jnp.any(inside, -1), jnp.argmax(iou, -1)
         score = jax.nn.sigmoid(p.class_logits)
         if kind == "gt_ctr":
-            corrected = score * centerness(xyz, rows[own])[:, None]
+            corrected = score * centerness(face_distances(xyz, rows[own]))[:, None]
         else:
             of_class = jnp.arange(score.shape[1]) == truth.label[own][:, None]
             corrected = jnp.where(of_class, jnp.max(iou, -1, keepdims=True), score)
@@ -57,23 +58,3 @@ def correct_scores(
         return jnp.where(foreground[:, None], jnp.log(corrected) - jnp.log1p(-corrected), p.class_logits)
 
     return predictions._replace(class_logits=jax.vmap(correct_scene)(predictions, anchor_xyz, boxes))
-
-
-def centerness(xyz: Float[Array, "a 3"], boxes: Float[Array, "a 7"]) -> Float[Array, " a"]:
-    """How central each point is in its box: distance of the nearer over that of the farther face, root of the axes' product.
-
-    Args:
-      xyz: f32[A, 3] metres.
-      boxes: f32[A, 7] of each point.
-
-    Returns:
-      f32[A] 1 at the centre, 0 on a face and outside.
-
-    Source: FCAF3D, section 3.3.
-    """
-    offset = xyz - boxes[:, :3]
-    cos, sin = jnp.cos(boxes[:, 6]), jnp.sin(boxes[:, 6])
-    x, y = cos * offset[:, 0] + sin * offset[:, 1], cos * offset[:, 1] - sin * offset[:, 0]
-    away = jnp.abs(jnp.stack([x, y, offset[:, 2]], -1)) / (boxes[:, 3:6] / 2)
-    away = jnp.minimum(away, 1.0)
-    return jnp.sqrt(jnp.prod((1 - away) / (1 + away), -1))
