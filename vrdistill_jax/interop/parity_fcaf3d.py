@@ -29,9 +29,12 @@ from vrdistill_jax.interop.parity_sparse import (
     batch_coords,
     batch_rows,
     build_case,
+    check_channels,
     check_detections,
     check_input,
     check_level,
+    check_terms,
+    level_rows,
     read_case_arrays,
     recipe_tensors,
 )
@@ -44,7 +47,6 @@ from vrdistill_jax.structs import DetectorOutput, Scene, VoxelPyramid
 
 NARROW_CASES = ("narrow_batch2_train", "narrow_batch2_prune900")
 FULL_CASES = ("full_small", "full_large", "full_large_prune12000")
-LOSSES = {"center": "center_loss", "box": "bbox_loss", "class": "cls_loss"}
 # Where a log does not say what rounding costs: features, logits and lengths differ by 1e-6 to 4e-5 between float32 and float64
 # in all logs that do.
 USUAL_ROUNDING = 4e-5
@@ -93,7 +95,7 @@ def check_fcaf3d(
             continue
         case, detector = read_case(golden, inputs, name, weights[name][1])
         check_case(table, case, weights[name][0], detector)
-        if f"train_{LOSSES['box']}" in case.stored:
+        if "train_bbox_loss" in case.stored:
             check_training(table, case, weights[name][0], detector)
     return table
 
@@ -112,14 +114,7 @@ def read_case(
     threshold = re.search(r"_prune(\d+)$", name)
     if threshold:
         detector.prune_threshold = int(threshold[1])
-    columns = 3 + fcaf3d.feature_size(detector.input_features)
-    if stored["points0"].shape[1] != columns:
-        raise ValueError(
-            f"{name}: points0 has {stored['points0'].shape[1]} columns, the checkpoint reads {columns}"
-        )
-    boxes = stored.get("head0/bbox_preds0")
-    if boxes is not None and boxes.shape[1] != (8 if detector.oriented else 6):
-        raise ValueError(f"{name} has {boxes.shape[1]} box channels; it is of the other --dataset")
+    check_channels(name, stored, fcaf3d.feature_size(detector.input_features), detector.oriented)
     return build_case(name, stored, log, fcaf3d.pyramid_config(detector)), detector
 
 
@@ -223,11 +218,6 @@ def check_pruning(table: ParityTable, case: SparseCase, output: DetectorOutput, 
         cut = np.min(np.where(kept, level.score, np.inf), axis=1, keepdims=True)
         decided = differ & (np.abs(level.score - cut) > 2 * tolerance)
         table.add_exact(f"{label} kept by one side only", np.sum(decided), np.zeros(()))
-
-
-def level_rows(head: HeadOutput, b: int, level: int) -> np.ndarray:
-    """The valid anchors of one level of one scene, in the reference's order: bool[A]."""
-    return np.asarray(head.mask[b]) & (np.asarray(head.level) == level)
 
 
 def check_head(
@@ -337,16 +327,6 @@ def check_losses(table: ParityTable, case: SparseCase, head: HeadOutput, config:
             add_absolute(table, f"{case.name}:center_targets{b}", targets.center[b][rows], theirs, TARGETS)
     tolerance = max(find_tolerance(case, key) for key in ("bbox_preds", "cls_preds", "center_preds"))
     check_terms(table, case, "eval", terms, tolerance)
-
-
-def check_terms(table: ParityTable, case: SparseCase, mode: str, terms: dict, tolerance: float) -> None:
-    """The terms of the loss of a batch; `mode` is "eval" or "train"."""
-    for ours, theirs in LOSSES.items():
-        name = f"{mode}_{theirs}"
-        if name in case.stored:
-            table.add(f"{case.name}:{name}", terms[ours], case.stored[name], tolerance)
-        else:
-            table.skipped.append(f"no {name} in {case.name}")
 
 
 def score_noise(case: SparseCase, head: HeadOutput, b: int) -> float:

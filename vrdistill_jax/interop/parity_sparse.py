@@ -45,6 +45,9 @@ class CaseArrays(dict[str, np.ndarray]):
         raise ValueError(f"{self.case}.npz has no {name}; is the golden folder complete?")
 
 
+LOSSES = {"center": "center_loss", "box": "bbox_loss", "class": "cls_loss"}  # our name: theirs
+
+
 class SparseCase(NamedTuple):
     """One case of a golden folder."""
 
@@ -145,6 +148,42 @@ def _numbered(stored: dict[str, np.ndarray], stem: str) -> list[np.ndarray]:
     while f"{stem}{len(found)}" in stored:
         found.append(stored[f"{stem}{len(found)}"])
     return found
+
+
+def check_channels(name: str, stored: CaseArrays, num_features: int, oriented: bool) -> None:
+    """Refuses a case that another checkpoint or dataset was made with.
+
+    Args:
+      name: of the case.
+      stored: its arrays.
+      num_features: what the checkpoint reads of a point besides its place.
+      oriented: whether its boxes are turned.
+
+    Raises:
+      ValueError: naming what does not fit.
+    """
+    if stored["points0"].shape[1] != 3 + num_features:
+        raise ValueError(
+            f"{name}: points0 has {stored['points0'].shape[1]} columns, the checkpoint reads {3 + num_features}"
+        )
+    boxes = stored.get("head0/bbox_preds0")
+    if boxes is not None and boxes.shape[1] != (8 if oriented else 6):
+        raise ValueError(f"{name} has {boxes.shape[1]} box channels; it is of the other --dataset")
+
+
+def level_rows(head: Any, b: int, level: int) -> np.ndarray:
+    """The valid anchors of one level of one scene of a dense head, in the reference's order: bool[A]."""
+    return np.asarray(head.mask[b]) & (np.asarray(head.level) == level)
+
+
+def check_terms(table: ParityTable, case: SparseCase, mode: str, terms: dict, tolerance: float) -> None:
+    """The terms of the loss of a batch; `mode` is "eval" or "train"."""
+    for ours, theirs in LOSSES.items():
+        name = f"{mode}_{theirs}"
+        if ours in terms and name in case.stored:
+            table.add(f"{case.name}:{name}", terms[ours], case.stored[name], tolerance)
+        elif ours in terms:
+            table.skipped.append(f"no {name} in {case.name}")
 
 
 def recipe_tensors(golden: pathlib.Path) -> dict[str, np.ndarray]:

@@ -24,9 +24,12 @@ from vrdistill_jax.interop.parity_sparse import (
     SparseCase,
     add_absolute,
     build_case,
+    check_channels,
     check_detections,
     check_input,
     check_level,
+    check_terms,
+    level_rows,
     read_case_arrays,
     recipe_tensors,
     score_noise,
@@ -48,7 +51,6 @@ TRAIN = 10.0  # batch statistics divide by the spread of this batch, layer after
 STATISTICS = 1e-5
 GRADIENT = 3e-2  # without float64 numbers: the reference's float32 gradients are up to 2.4 % off
 NORM_MOMENTUM = 0.1
-LOSSES = {"box": "bbox_loss", "class": "cls_loss"}
 
 
 def check_tr3d(
@@ -84,7 +86,7 @@ def check_tr3d(
         if name in weights:
             case, detector = read_case(golden, inputs, name, weights[name][1])
             check_case(table, case, weights[name][0], detector)
-            if f"train_{LOSSES['box']}" in case.stored:
+            if "train_bbox_loss" in case.stored:
                 path = golden / f"{name}_grad64.npz"
                 exact = load_arrays(path) if has_file(table, path) else {}
                 check_training(table, case, exact, weights[name][0], detector)
@@ -106,14 +108,7 @@ def read_case(
     stored, log = read_case_arrays(golden, inputs, name)
     detector = ConfigDict(config.detector.to_dict())
     detector.voxel_size, detector.reference_diou = float(stored["voxel_size"]), True
-    columns = 3 + tr3d.feature_size(detector.input_features)
-    if stored["points0"].shape[1] != columns:
-        raise ValueError(
-            f"{name}: points0 has {stored['points0'].shape[1]} columns, the checkpoint reads {columns}"
-        )
-    boxes = stored.get("head0/bbox_preds0")
-    if boxes is not None and boxes.shape[1] != (8 if detector.oriented else 6):
-        raise ValueError(f"{name} has {boxes.shape[1]} box channels; it is of the other --dataset")
+    check_channels(name, stored, tr3d.feature_size(detector.input_features), detector.oriented)
     return build_case(name, stored, log, tr3d.pyramid_config(detector)), detector
 
 
@@ -161,11 +156,6 @@ def check_case(table: ParityTable, case: SparseCase, variables: Variables, confi
     decode = jax.jit(lambda output, points: tr3d.decode(output, points, config))
     found = decode(DetectorOutput(output.predictions, {}, None), case.scene.points)
     check_detections(table, case, found, noise, SLACK * case.tolerance("bbox_preds"))
-
-
-def level_rows(head: HeadOutput, b: int, level: int) -> np.ndarray:
-    """The valid anchors of one level of one scene, in the reference's order: bool[A]."""
-    return np.asarray(head.mask[b]) & (np.asarray(head.level) == level)
 
 
 def check_head(
@@ -268,16 +258,6 @@ def unreduced_losses(head: HeadOutput, scene: Scene, config: Any) -> tuple[Array
 def losses_of_head(head: HeadOutput, scene: Scene, config: Any) -> dict[str, Array]:
     """The terms of the training loss."""
     return tr3d.loss(DetectorOutput(tr3d.predictions_from_head(head), {}, HeadOnly(head)), scene, config)[1]
-
-
-def check_terms(table: ParityTable, case: SparseCase, mode: str, terms: dict, tolerance: float) -> None:
-    """Both terms of the loss of a batch; `mode` is "eval" or "train"."""
-    for ours, theirs in LOSSES.items():
-        name = f"{mode}_{theirs}"
-        if name in case.stored:
-            table.add(f"{case.name}:{name}", terms[ours], case.stored[name], tolerance)
-        else:
-            table.skipped.append(f"no {name} in {case.name}")
 
 
 def check_training(
