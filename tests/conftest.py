@@ -1,8 +1,11 @@
 """Shared fixtures. The process environment is set before jax is imported anywhere."""
 
+import atexit
 import importlib.metadata
 import os
 import pathlib
+import shutil
+import tempfile
 
 if importlib.metadata.version("jax").startswith("0.10."):
     # Tests compile hundreds of small programs and call each a few times: without optimisation they take about 60 % of the time.
@@ -14,6 +17,12 @@ os.environ.setdefault(
     "NPROC", "16"
 )  # several simulated CPU devices on few cores deadlock without it (XLA CPU)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one test, worker or started program has compiled, the others load.
+    cache = tempfile.mkdtemp(prefix="vrdistill_jax_tests_")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import pytest
 

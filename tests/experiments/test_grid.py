@@ -49,6 +49,22 @@ def test_nothing_is_run_twice(done, cells, monkeypatch):
     assert done.read(cells[0])["command"] == "the command"
 
 
+def test_a_teacher_without_a_checkpoint_is_trained_again(done, cells, tmp_path, monkeypatch):
+    """Records travel with the repository, checkpoints do not."""
+    elsewhere = done._replace(workdir=tmp_path / "runs")
+    started = []
+
+    def train(config, folder):
+        started.append(folder.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(grid, "train", train)
+    student = cells[1]._replace(width="quarter")
+    with pytest.raises(InterruptedError):
+        run_cells([cells[0], student], elsewhere, "again")  # the first has its record
+    assert started == [teacher_of(student).name]
+
+
 def test_a_record_of_another_config_is_refused(done, cells):
     path = done.record_path(cells[0])
     text = path.read_text()

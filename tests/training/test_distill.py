@@ -121,7 +121,7 @@ def test_distiller_parameters_decay_on_their_own(teacher_dir, tmp_path):
 
 def test_teacher_guided_start_and_labels(teacher_dir, tmp_path):
     """The student starts from a slice of the teacher; the teacher's boxes enter the detection loss only."""
-    config = distill_config(teacher_dir, ("vrdistill",))
+    config = distill_config(teacher_dir, ("seed",))
     config.distiller.teacher_guided = teacher_guided.default_config()
     teacher = load_teacher(config, tmp_path)
     assert init_student(config, teacher, {"params": 1}) == {"params": 1}
@@ -139,7 +139,7 @@ def test_teacher_guided_start_and_labels(teacher_dir, tmp_path):
     _, plain = step(state, batch, jax.random.key(2), *constants)
     assert metrics["labels/added"] > 0
     assert "labels/added" not in plain
-    np.testing.assert_allclose(metrics["vrdistill/total"], plain["vrdistill/total"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["seed/total"], plain["seed/total"], rtol=1e-5)
     assert abs(metrics["detection"] - plain["detection"]) > 1e-3
 
 

@@ -10,7 +10,7 @@ from vrdistill_jax.training.parallel import split_batch
 
 SCRIPT = """
 import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 import jax, numpy as np, optax
 from scenes import make_batch, tiny_config
 from vrdistill_jax.detectors import votenet

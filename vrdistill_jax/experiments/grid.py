@@ -234,7 +234,7 @@ def check_record(cell: Cell, study: Study) -> None:
 def run_cell(cell: Cell, study: Study, command: str) -> bool:
     """Trains, measures and writes the record; False if another process holds the cell.
 
-    Of a cell that has been trained, only the tests that are missing are made.
+    Of a cell that has been trained, only the tests that are missing are made. One whose checkpoint is gone is trained anew.
     """
     config, folder = cell_config(cell, study), study.folder(cell)
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,6 +242,9 @@ def run_cell(cell: Cell, study: Study, command: str) -> bool:
         if not mine:
             return False
         record = study.read(cell)
+        if record is not None and not is_trained(cell, study):
+            print(f"{cell.name} has a record but no checkpoint in {folder}: it is trained again", flush=True)
+            record = None
         if record is None:
             began = time.time()
             result = train(config, folder)
