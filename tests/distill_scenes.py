@@ -23,7 +23,9 @@ def distill_config(teacher: str | pathlib.Path, methods, **changes) -> ConfigDic
     for name in methods:
         config.distiller.methods[name] = find_distiller(name).default_config()
     if "vrdistill" in methods:
-        config.distiller.methods.vrdistill.layers = 1  # four times the layers take four times as long to compile
+        config.distiller.methods.vrdistill.layers = (
+            1  # four times the layers take four times as long to compile
+        )
     return config
 
 
