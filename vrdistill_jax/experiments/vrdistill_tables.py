@@ -100,6 +100,11 @@ PAPER_CLASSES = {
 }
 CLASS_METHODS = ("alone", "fgd", "mgd", "pgd", "vrdistill")
 VRDISTILL = "distiller.methods.vrdistill"
+# Clusters of teacher and student at the same seeds, which are the same points: matched votes are then near each other.
+SAME_SEEDS = {
+    "detector.cluster_sampling": "seed_fps",
+    "teacher.detector.cluster_sampling_eval": "seed_fps",
+}
 
 
 def _compared_methods(number: int) -> list[Row]:
@@ -112,12 +117,14 @@ def _compared_methods(number: int) -> list[Row]:
     return rows
 
 
-def _ablation(*lines: tuple[str, dict[str, Any], Score | None]) -> list[Row]:
-    """Variants of VRDistill at half width: label, changed entries, the paper's numbers."""
-    rows = [Row("Student", "half", paper=PAPER[1]["half"]["alone"])]
+def _ablation(*lines: tuple[str, dict[str, Any], Score | None], width: str = "half") -> list[Row]:
+    """Variants of VRDistill: label, changed entries, the paper's numbers."""
+    rows = [Row("Student", width, paper=PAPER[1][width]["alone"])]
     for label, entries, paper in lines:
-        changes = tuple((f"{VRDISTILL}.{name}", value) for name, value in entries.items())
-        rows.append(Row(label, "half", ("vrdistill",), changes, paper))
+        changes = tuple(
+            (name if "." in name else f"{VRDISTILL}.{name}", value) for name, value in entries.items()
+        )
+        rows.append(Row(label, width, ("vrdistill",), changes, paper))
     return rows
 
 
@@ -168,6 +175,22 @@ TABLES: dict[int | str, tuple[str, list[Row]]] = family_tables.TABLES | {
         ),
     ),
 }
+
+READINGS = "readings"
+TABLES[READINGS] = (
+    "What the paper leaves open of VRDistill (in no paper), 1/4 width",
+    _ablation(
+        ("as printed", {}, PAPER[1]["quarter"]["vrdistill"]),
+        ("eta = 1", {"eta": 1.0}, None),
+        ("target detached, eta = 1", {"dis_detach_target": True, "eta": 1.0}, None),
+        ("teacher's features, eta = 1", {"target_features": "initial", "eta": 1.0}, None),
+        ("no refinement", {"refine": False}, None),
+        ("no refinement, eta = 1", {"refine": False, "eta": 1.0}, None),
+        ("no refinement, same seeds", {"refine": False} | SAME_SEEDS, None),
+        ("no refinement, all votes", {"refine": False, "vote_level": "vote", "eta": 100.0}, None),
+        width="quarter",
+    ),
+)
 
 
 def table_rows(number: int | str) -> list[Row]:
