@@ -182,12 +182,12 @@ TABLES[READINGS] = (
     _ablation(
         ("as printed", {}, PAPER[1]["quarter"]["vrdistill"]),
         ("eta = 1", {"eta": 1.0}, None),
-        ("target detached, eta = 1", {"dis_detach_target": True, "eta": 1.0}, None),
-        ("teacher's features, eta = 1", {"target_features": "initial", "eta": 1.0}, None),
+        ("target detached; eta = 1", {"dis_detach_target": True, "eta": 1.0}, None),
+        ("teacher's features; eta = 1", {"target_features": "initial", "eta": 1.0}, None),
         ("no refinement", {"refine": False}, None),
-        ("no refinement, eta = 1", {"refine": False, "eta": 1.0}, None),
-        ("no refinement, same seeds", {"refine": False} | SAME_SEEDS, None),
-        ("no refinement, all votes", {"refine": False, "vote_level": "vote", "eta": 100.0}, None),
+        ("no refinement; eta = 1", {"refine": False, "eta": 1.0}, None),
+        ("no refinement; same seeds", {"refine": False} | SAME_SEEDS, None),
+        ("no refinement; all votes", {"refine": False, "vote_level": "vote", "eta": 100.0}, None),
         width="quarter",
     ),
 )
