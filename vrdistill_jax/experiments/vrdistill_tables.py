@@ -188,8 +188,11 @@ TABLES[READINGS] = (
         ("no refinement; eta = 1", {"refine": False, "eta": 1.0}, None),
         ("no refinement; same seeds", {"refine": False} | SAME_SEEDS, None),
         ("no refinement; all votes", {"refine": False, "vote_level": "vote", "eta": 100.0}, None),
+        ("as printed; same seeds", SAME_SEEDS, None),
+        ("teacher's features; same seeds", {"target_features": "initial"} | SAME_SEEDS, None),
         width="quarter",
-    ),
+    )
+    + [Row("Student; clusters at seeds", "quarter", changes=tuple(SAME_SEEDS.items())[:1])],
 )
 
 
@@ -213,7 +216,9 @@ def _score_table(number: int | str, study: Study, seeds: int) -> Table:
     title, rows = TABLES[number]
     records = {row: read_records(row, study, seeds) for row in rows}
     alone = {
-        (row.detector, row.width): records[row] for row in rows if not row.methods and row.width != TEACHER
+        (row.detector, row.width): records[row]
+        for row in rows
+        if not row.methods and not row.changes and row.width != TEACHER
     }
     lines, data = [], []
     for row in rows:
