@@ -115,7 +115,8 @@ def test_methods_that_compare_proposals_one_by_one_say_what_differs(teacher_dir,
         config = distill_config(teacher_dir, (method,))
         teacher = load_teacher(config, tmp_path)
         with pytest.raises(
-            ValueError, match=rf"{method} compares proposals one by one .* These methods can: vrdistill, seed"
+            ValueError,
+            match=rf"{method} compares proposals one by one .* These methods, with their default entries, can: vrdistill, seed",
         ):
             make_distillation(config, teacher, optax.constant_schedule(1e-3))
 

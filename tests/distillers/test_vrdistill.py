@@ -342,6 +342,23 @@ def test_where_gradients_go():
     np.testing.assert_array_equal(params["align"]["kernel"], 0)
 
 
+def test_clusters_at_the_teachers_seeds():
+    """The loss is of the aligned output, whatever the student's own clusters are."""
+    student, aligned, teacher, scene = make_votes(1), make_votes(2), make_votes(3), make_scene()
+    plain, module = make(), make(same_clusters=True)
+    params = init(plain, aligned, teacher, scene)
+    expected = apply(plain, params, aligned, teacher, scene)
+    outputs = output_of(student), output_of(teacher)
+    found = module.apply({"params": params}, *outputs, scene, aligned=output_of(aligned))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert module.needs_aligned
+    assert not plain.needs_aligned
+    with pytest.raises(
+        ValueError, match="same_clusters needs the student's output at the teacher's clusters"
+    ):
+        module.apply({"params": params}, *outputs, scene)
+
+
 def test_the_teachers_own_features_as_the_target():
     """Positions are the refined ones, features the teacher's; L_dis then has nothing to change in the refinement."""
     scene, student, teacher = make_scene(), make_votes(1), make_votes(2)
@@ -455,6 +472,7 @@ def test_refinement_learns_to_move_votes_on_unseen_scenes():
         (dict(reduction="max"), "reduction"),
         (dict(target_features="votes"), "target_features"),
         (dict(head_weight=1.0, vote_level="vote"), "head reads clusters"),
+        (dict(same_clusters=True, vote_level="vote"), "vote_level is vote and reads no clusters"),
     ],
 )
 def test_bad_knobs_are_named(change, message):

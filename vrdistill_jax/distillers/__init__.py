@@ -11,10 +11,10 @@ whose network is called as
   module.apply({"params": ...}, student, teacher, scene, aligned=..., train=..., rngs={"distiller": key})
       -> (total, terms)
 with `student` and `teacher` DetectorOutputs of the same clouds (the teacher's under stop_gradient), `aligned` the student's
-DetectorOutput with the teacher's cluster indices (None unless NEEDS_ALIGNED), total a scalar (the entry's weight in it) and
-terms a dict of scalars. A module whose property `needs_judge` is true is also called with judge=(votes) -> the detection loss
-of the teacher's own head on other votes. Learnable parts (alignment, refinement, generators) live in state.distiller.params of
-the training state, and are dropped at test time.
+DetectorOutput with the teacher's cluster indices (None unless NEEDS_ALIGNED, or the module's property `needs_aligned`, is
+true), total a scalar (the entry's weight in it) and terms a dict of scalars. A module whose property `needs_judge` is true is
+also called with judge=(votes) -> the detection loss of the teacher's own head on other votes. Learnable parts (alignment,
+refinement, generators) live in state.distiller.params of the training state, and are dropped at test time.
 """
 
 from types import ModuleType

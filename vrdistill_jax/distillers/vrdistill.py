@@ -42,6 +42,9 @@ def default_config() -> ConfigDict:
       mu: weight of the refinement loss L_ref (equation 6).
       vote_level: what a vote is: "cluster" (sampled votes with the features of their group), "sampled_vote" (the votes at
         the cluster centres) or "vote" (all of them).
+      same_clusters: groups the student's votes, in a second pass of its grouping, at the seeds that the teacher's clusters
+        go back to, so that a student vote has a partner near by. False as printed: each samples its own clusters, and the
+        nearest vote of the teacher may belong to another object. Needs vote_level "cluster" and one kind of detector.
       refine: False takes the teacher's votes as they are; L_ref is then absent.
       layers: L of the refinement; 0 is the same as refine=False.
       heads: H of its attention.
@@ -71,6 +74,7 @@ def default_config() -> ConfigDict:
             eta=10.0,
             mu=10.0,
             vote_level="cluster",
+            same_clusters=False,
             refine=True,
             layers=4,
             heads=4,
@@ -115,6 +119,11 @@ def build(config: Any, student: Any, teacher: Any, axis_name: str | None = None)
             f"vrdistill.head_weight is {config.head_weight}, but the teacher's head reads clusters and vrdistill.vote_level is "
             f"{config.vote_level}; set head_weight to 0 or vote_level to cluster"
         )
+    if config.same_clusters and config.vote_level != "cluster":
+        raise ValueError(
+            f"vrdistill.same_clusters is True, but vrdistill.vote_level is {config.vote_level} and reads no clusters; set one "
+            "of them to its default"
+        )
     if config.neighbors < 1 or config.layers < 0:
         raise ValueError(
             f"vrdistill.neighbors is {config.neighbors} and layers {config.layers}; expected at least 1 and 0"
@@ -140,6 +149,7 @@ class VRDistill(nn.Module):
     eta: float = 10.0
     mu: float = 10.0
     vote_level: str = "cluster"
+    same_clusters: bool = False
     refine: bool = True
     layers: int = 4
     heads: int = 4
@@ -178,7 +188,7 @@ class VRDistill(nn.Module):
           student: of the student on the same clouds as
           teacher: of the teacher.
           scene: with boxes and, where votes go back to points of the cloud, point_instance.
-          aligned: not used.
+          aligned: of the student at the teacher's clusters; read with same_clusters.
           judge: (votes) -> detection loss of the teacher's head on them; None leaves it out.
           train: not used.
 
@@ -191,10 +201,16 @@ class VRDistill(nn.Module):
         Raises:
           ValueError: if the scene has no labels.
         """
-        del aligned, train
+        del train
         if scene.boxes is None:
             raise ValueError("VRDistill needs scene.boxes; this scene has no labels")
         teacher_votes = jax.lax.stop_gradient(select_votes(teacher, self.vote_level))
+        if self.same_clusters:
+            if aligned is None:
+                raise ValueError(
+                    "vrdistill.same_clusters needs the student's output at the teacher's clusters"
+                )
+            student = aligned
         student_votes = select_votes(student, self.vote_level)
         aligned_features = align_features(student_votes.features, teacher_votes.features.shape[-1])
         student_votes = student_votes._replace(features=aligned_features)
@@ -258,6 +274,11 @@ class VRDistill(nn.Module):
     def needs_judge(self) -> bool:
         """Whether the losses include the teacher's head on refined votes."""
         return self.refines and self.head_weight > 0
+
+    @property
+    def needs_aligned(self) -> bool:
+        """Whether the student is read at the teacher's clusters."""
+        return self.same_clusters
 
     @property
     def refines(self) -> bool:

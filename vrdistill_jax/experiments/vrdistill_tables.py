@@ -190,6 +190,9 @@ TABLES[READINGS] = (
         ("no refinement; all votes", {"refine": False, "vote_level": "vote", "eta": 100.0}, None),
         ("as printed; same seeds", SAME_SEEDS, None),
         ("teacher's features; same seeds", {"target_features": "initial"} | SAME_SEEDS, None),
+        ("no refinement; same clusters", {"refine": False, "same_clusters": True}, None),
+        ("as printed; same clusters", {"same_clusters": True}, None),
+        ("teacher's features; same clusters", {"target_features": "initial", "same_clusters": True}, None),
         width="quarter",
     )
     + [Row("Student; clusters at seeds", "quarter", changes=tuple(SAME_SEEDS.items())[:1])],

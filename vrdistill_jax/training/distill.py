@@ -78,16 +78,17 @@ def make_distillation(
     methods = {}
     for name, entry in config.distiller.methods.items():
         file = find_distiller(name)
-        if file.NEEDS_ALIGNED:
-            check_one_by_one(name, config.detector, teacher)
         module = file.build(entry, config.detector, teacher.config, axis_name)
+        needs_aligned = file.NEEDS_ALIGNED or getattr(module, "needs_aligned", False)
+        if needs_aligned:
+            check_one_by_one(name, config.detector, teacher)
         needs_judge = getattr(module, "needs_judge", False)
         if needs_judge and not hasattr(teacher.model, "propose_at"):
             raise ValueError(
                 f"distiller.methods.{name}.head_weight is set, but the head of {teacher.config.name} cannot read other votes "
                 "than its own; set it to 0"
             )
-        methods[name] = Method(module, file.NEEDS_ALIGNED, needs_judge)
+        methods[name] = Method(module, needs_aligned, needs_judge)
     settings = ConfigDict(config.optimizer.to_dict())
     settings.weight_decay = settings.get("distiller_weight_decay", settings.weight_decay)
     settings.group_rates = ConfigDict()
@@ -116,8 +117,11 @@ def check_one_by_one(method: str, student: Any, teacher: Teacher) -> None:
         reason = "their geometry (detector.levels, or voxel_size) differs"
     if reason:
         others = ", ".join(name for name in DISTILLERS if not find_distiller(name).NEEDS_ALIGNED)
+        if not find_distiller(method).NEEDS_ALIGNED:
+            method = f"{method} with same_clusters=True"
         raise ValueError(
-            f"{method} compares proposals one by one and cannot be used here: {reason}. These methods can: {others}"
+            f"{method} compares proposals one by one and cannot be used here: {reason}. These methods, with their default "
+            f"entries, can: {others}"
         )
 
 
