@@ -88,7 +88,7 @@ def sim_to_real() -> str:
     )
 
 
-def vrdistill_table(number: int) -> str:
+def vrdistill_table(number: int | str) -> str:
     return as_markdown(make_table(number, VRDISTILL, SEEDS)).rstrip()
 
 
@@ -102,6 +102,7 @@ SECTIONS = {
     "sim_to_real": sim_to_real,
     "vrdistill_table8": partial(measured_table, "table8"),
     **{f"vrdistill_table{n}": partial(vrdistill_table, n) for n in (1, 3, 6, 7, 9)},
+    "vrdistill_readings": partial(vrdistill_table, "readings"),
 }
 
 

@@ -375,6 +375,9 @@ def student_config(
             raise ValueError(f"unknown {name!r}; known: {', '.join(known)}")
     config = DATASETS[dataset](size, detector=detector)
     config.detector.width *= STUDENT_WIDTHS[width]
+    if "cluster_sampling" in config.detector and (methods or width != "same"):
+        # Clusters of student and teacher at the same seeds; at votes, partners are far apart (docs/distillation.md).
+        config.detector.cluster_sampling = "seed_fps"
     if size == "full" and detector == "votenet":
         use_distillation_schedule(config, dataset)
     if not methods:
@@ -398,13 +401,13 @@ def default_teacher_config(detector: str = "votenet") -> ConfigDict:
       A ConfigDict with
         checkpoint: a run's work directory or an imported checkpoint,
         detector: entries of the teacher's config.detector that are changed while it teaches (not where it is evaluated):
-          if it clusters votes, its clusters are spread over votes, as in training,
+          if it clusters votes, its clusters are spread over seeds, as the student's,
         weights_sha256, mAP_25, mAP_50: filled in by training, for the record (a hash that is given is checked).
     """
     config = ConfigDict()
     config.checkpoint = ""
     clusters_votes = detector in ("votenet", "h3dnet")
-    config.detector = ConfigDict({"cluster_sampling_eval": "vote_fps"} if clusters_votes else {})
+    config.detector = ConfigDict({"cluster_sampling_eval": "seed_fps"} if clusters_votes else {})
     config.weights_sha256 = ""
     config.mAP_25 = config.mAP_50 = -1.0
     return config

@@ -55,7 +55,9 @@ def output_of(votes: PointSet) -> DetectorOutput:
 
 
 def make(**changes):
+    """The method as printed, but for `changes`."""
     config = vrdistill.default_config()
+    config.target_features = "refined"
     config.update(changes)
     return vrdistill.build(config, None, None)
 

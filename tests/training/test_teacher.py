@@ -67,6 +67,7 @@ def test_the_teacher_is_evaluated_with_its_own_input():
 
 def test_teacher_is_found_identified_and_adjusted(teacher_dir, tmp_path):
     config = distill_config(teacher_dir, ("vrdistill",))
+    config.teacher.detector.cluster_sampling_eval = "vote_fps"
     teacher = load_teacher(config, tmp_path)
     assert config.teacher.weights_sha256 == hash_weights(teacher.variables)
     assert teacher.model.cluster_sampling_eval == "vote_fps"

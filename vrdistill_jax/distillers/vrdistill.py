@@ -61,8 +61,9 @@ def default_config() -> ConfigDict:
       reduction: "mean" over votes and channels, or the printed "sum" (and the mean over scenes).
       coordinate_weight: weight, within L_dis, of ||x_s - x_t||^2 times the mask (0: features only, as printed).
       dis_detach_target: whether L_dis trains the student only; False as printed, it trains the refinement as well.
-      target_features: what the student's features imitate: those of the "refined" votes, or the "initial" ones, the teacher's
-        own, of the votes that were refined (their positions then still decide matches and mask).
+      target_features: what the student's features imitate: the "initial" ones, the teacher's own, of the votes that were
+        refined, whose refined positions decide matches and mask; or, as printed, those of the "refined" votes, on which
+        student and refinement agree by making them constant (docs/distillation.md).
       head_weight: weight of the detection loss of the teacher's own head on the refined votes. It trains the refinement only,
         and keeps refined features readable for that head.
       stop_mask_gradient: False lets L_dis move refined votes through the mask (away from the objects).
@@ -90,7 +91,7 @@ def default_config() -> ConfigDict:
             reduction="mean",
             coordinate_weight=0.0,
             dis_detach_target=False,
-            target_features="refined",
+            target_features="initial",
             head_weight=0.0,
             stop_mask_gradient=True,
             stop_bias_gradient=True,
@@ -165,7 +166,7 @@ class VRDistill(nn.Module):
     reduction: str = "mean"
     coordinate_weight: float = 0.0
     dis_detach_target: bool = False
-    target_features: str = "refined"
+    target_features: str = "initial"
     head_weight: float = 0.0
     stop_mask_gradient: bool = True
     stop_bias_gradient: bool = True
