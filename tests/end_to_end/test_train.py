@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from vrdistill_jax.command_line import cache_folder
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -98,9 +97,15 @@ def test_two_plus_two_steps_equal_four(data, trained, tmp_path):
     assert steps == [1, 2, 3, 4, 4]
 
 
-def test_evaluate_gives_the_trained_result(trained, data, tmp_path):
+def test_evaluate_gives_the_trained_result_and_keeps_what_it_compiled(trained, data, tmp_path):
     workdir, out = trained
-    done = run("evaluate", f"--checkpoint={workdir}", f"--json={tmp_path / 'r.json'}")
+    cache = {
+        "VRDISTILL_CACHE": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": "",  # the tests' own
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = run("evaluate", f"--checkpoint={workdir}", f"--json={tmp_path / 'r.json'}", env=cache)
+    assert any((tmp_path / "cache" / "compiled").iterdir())
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in out
     assert 0 <= json.loads((tmp_path / "r.json").read_text())["result"]["mAP@0.25"] <= 1
@@ -140,7 +145,3 @@ def test_non_finite_loss_stops_with_step_and_terms(data, tmp_path):
     )
     assert done.returncode == 1
     assert "step 1: parameter_norm not finite" in done.stdout
-
-
-def test_compilations_are_kept():
-    assert any((cache_folder() / "compiled").iterdir())
