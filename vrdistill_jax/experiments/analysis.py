@@ -139,6 +139,8 @@ def load_run(workdir: str | pathlib.Path) -> Run:
         teacher = load_teacher(config, workdir)
         entry = config.distiller.methods.get("vrdistill")
         if entry:
+            # A run may be older than an entry; those that came later do not change what a refinement is.
+            entry = ConfigDict(vrdistill.default_config().to_dict() | entry.to_dict())
             module = vrdistill.build(entry, config.detector, teacher.config)
             refinement = (module, load_distiller_params(workdir)["vrdistill"])
     return Run(variables, config, teacher, refinement)
