@@ -5,6 +5,7 @@
     python -m vrdistill_jax.reproduce --table=3 --dataset=scannet --data_dir=datasets --budget=full
     python -m vrdistill_jax.reproduce --table=7 --render_only
     python -m vrdistill_jax.reproduce --table=cross_family
+    python -m vrdistill_jax.reproduce --table=readings
     python -m vrdistill_jax.reproduce --figure=1
     python -m vrdistill_jax.reproduce --paper=sr3d --table=2
 
