@@ -200,7 +200,11 @@ TABLES[READINGS] = (
         ("as printed", AS_PRINTED, None),
         width="quarter",
     )
-    + [_student_at_votes("quarter")]
+    + [
+        Row("Teacher", TEACHER),
+        Row("Teacher; clusters at seeds", TEACHER, changes=(("detector.cluster_sampling", "seed_fps"),)),
+        _student_at_votes("quarter"),
+    ]
     + _ablation(
         *(
             (f"{label}; clusters at votes", entries | CLUSTERS_AT_VOTES, None)
