@@ -97,7 +97,24 @@ def measured_table(name: str) -> str:
     return (HERE / "vrdistill" / "synthrooms_small" / f"{name}.md").read_text().rstrip()
 
 
+def vote_distances() -> str:
+    """Mean distance of votes on objects to the object's centre, of one run."""
+    lines = ["| measured on | teacher's votes | refined | student's | votes |", "|---|---|---|---|---|"]
+    rooms = json.loads((HERE / "vrdistill/synthrooms_small/half_vrdistill_seed0.json").read_text())
+    scans = json.loads((HERE / "vrdistill/scannet_votes.json").read_text())
+    for name, record, analysis in (
+        ("held-out rooms", rooms, rooms["analysis"]),
+        ("real ScanNet scenes", scans, scans["result"]["analysis"]),
+    ):
+        distances = analysis["vote_distance"]
+        values = " | ".join(f"{distances[w]['mean_m']:.3f} m" for w in ("teacher", "refined", "student"))
+        scenes = record["result"]["num_scenes"]
+        lines.append(f"| {scenes} {name} | {values} | {distances['refined']['num_votes']:,} |")
+    return "\n".join([*lines, "", f"Made by `{rooms['command']}` and `{scans['command']}`; one run."])
+
+
 SECTIONS = {
+    "vrdistill_votes": vote_distances,
     "synthrooms": synthrooms,
     "sim_to_real": sim_to_real,
     "vrdistill_table8": partial(measured_table, "table8"),

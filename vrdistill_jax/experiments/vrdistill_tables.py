@@ -242,18 +242,14 @@ def make_table(number: int | str, study: Study, seeds: int) -> Table:
 def _score_table(number: int | str, study: Study, seeds: int) -> Table:
     title, rows = TABLES[number]
     records = {row: read_records(row, study, seeds) for row in rows}
-    alone = {
-        (row.detector, row.width): records[row]
-        for row in rows
-        if not row.methods and not row.changes and row.width != TEACHER
-    }
+    alone = {_student_of(row): records[row] for row in rows if not row.methods and row.width != TEACHER}
     lines, data = [], []
     for row in rows:
         line, entry = [row.label, WIDTH_NAMES[row.width], str(len(records[row]))], row._asdict()
         for n, metric in enumerate(METRICS):
             scores = {seed: record["result"][metric] for seed, record in records[row].items()}
             # Differences are between runs of the same seed: same teacher, same order of scenes.
-            plain = alone.get((row.detector, row.width), {}) if row.methods else {}
+            plain = alone.get(_student_of(row), {}) if row.methods else {}
             pairs = [scores[s] - plain[s]["result"][metric] for s in scores if s in plain]
             mean, std = mean_and_std(list(scores.values()))
             gain, gain_std = mean_and_std(pairs)
@@ -272,6 +268,11 @@ def _score_table(number: int | str, study: Study, seeds: int) -> Table:
     if number in family_tables.REMARKS:
         notes.append(family_tables.REMARKS[number])
     return Table(f"{title} ({study.dataset}, budget {study.budget})", columns, lines, notes, data)
+
+
+def _student_of(row: Row) -> tuple:
+    """What the student of a line is, whoever teaches it: lines with the same are compared."""
+    return row.detector, row.width, tuple(c for c in row.changes if c[0].startswith("detector."))
 
 
 def _class_table(study: Study, seeds: int) -> Table:
