@@ -100,7 +100,7 @@ def measured_table(name: str) -> str:
 def vote_distances() -> str:
     """Mean distance of votes on objects to the object's centre, of one run."""
     lines = ["| measured on | teacher's votes | refined | student's | votes |", "|---|---|---|---|---|"]
-    rooms = json.loads((HERE / "vrdistill/synthrooms_small/half_vrdistill_seed0.json").read_text())
+    rooms = json.loads((HERE / "vrdistill/synthrooms_small/quarter_vrdistill_seed0.json").read_text())
     scans = json.loads((HERE / "vrdistill/scannet_votes.json").read_text())
     for name, record, analysis in (
         ("held-out rooms", rooms, rooms["analysis"]),

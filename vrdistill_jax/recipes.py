@@ -375,7 +375,7 @@ def student_config(
             raise ValueError(f"unknown {name!r}; known: {', '.join(known)}")
     config = DATASETS[dataset](size, detector=detector)
     config.detector.width *= STUDENT_WIDTHS[width]
-    if "cluster_sampling" in config.detector and (methods or width != "same"):
+    if "cluster_sampling" in config.detector:
         # Clusters of student and teacher at the same seeds; at votes, partners are far apart (docs/distillation.md).
         config.detector.cluster_sampling = "seed_fps"
     if size == "full" and detector == "votenet":
