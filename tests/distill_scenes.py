@@ -23,9 +23,8 @@ def distill_config(teacher: str | pathlib.Path, methods, **changes) -> ConfigDic
     for name in methods:
         config.distiller.methods[name] = find_distiller(name).default_config()
     if "vrdistill" in methods:
-        config.distiller.methods.vrdistill.layers = (
-            1  # four times the layers take four times as long to compile
-        )
+        # Four layers would take four times as long to compile.
+        config.distiller.methods.vrdistill.layers = 1
     return config
 
 

@@ -110,7 +110,8 @@ def distillation(detector: str, distiller: str) -> SimpleNamespace:
 
     def outputs(params, teacher_variables, batch):
         variables = weights(detector)[0] | {"params": params}
-        return run_networks(of, variables, teacher_variables, batch, file.NEEDS_ALIGNED)
+        needs_aligned = getattr(module, "needs_aligned", False)
+        return run_networks(of, variables, teacher_variables, batch, needs_aligned)
 
     def total(params, teacher_variables, learned, batch):
         output, taught, aligned = outputs(params, teacher_variables, batch)
@@ -132,7 +133,7 @@ def test_shapes(detector, distiller):
     of, file = networks(detector), find_distiller(distiller)
     module = file.build(file.default_config(), of.student_config.detector, of.teacher_config.detector)
     output, taught, aligned = output_shapes(detector)
-    aligned, scene = aligned if file.NEEDS_ALIGNED else None, of.batches[3].scene
+    aligned, scene = aligned if getattr(module, "needs_aligned", False) else None, of.batches[3].scene
     keys = {"params": jax.random.key(1), "distiller": jax.random.key(0)}
     learned = jax.eval_shape(
         lambda *x: module.init(keys, *x[:3], aligned=x[3]), output, taught, scene, aligned

@@ -21,7 +21,7 @@ from scenes import (
 from vrdistill_jax import train as train_verb
 from vrdistill_jax.data.loader import PreparedScenes, stack_scenes
 from vrdistill_jax.detectors import find_detector
-from vrdistill_jax.distillers import DISTILLERS, find_distiller
+from vrdistill_jax.distillers import DISTILLERS
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 from vrdistill_jax.training.distill import init_distillers, make_distill_step, make_distillation
 from vrdistill_jax.training.state import Batch, init_state
@@ -46,7 +46,7 @@ FAMILIES = {
     "tr3d": tiny_sparse_config,
     "votenet": wider_votenet_config,
 }
-ONE_BY_ONE = [name for name in DISTILLERS if find_distiller(name).NEEDS_ALIGNED]
+ONE_BY_ONE = ["pgd", "itkd", "sparsekd"]
 OTHERS = [name for name in DISTILLERS if name not in ONE_BY_ONE]
 SLOW = {"h3dnet", "votenet"}
 
@@ -111,13 +111,13 @@ def test_a_votenet_learns_from_it(teacher_dir, tmp_path):
 
 
 def test_methods_that_compare_proposals_one_by_one_say_what_differs(teacher_dir, tmp_path):
-    for method in ONE_BY_ONE:
+    for method in [*ONE_BY_ONE, "vrdistill"]:
         config = distill_config(teacher_dir, (method,))
+        if method == "vrdistill":
+            config.distiller.methods.vrdistill.same_clusters = True
         teacher = load_teacher(config, tmp_path)
-        with pytest.raises(
-            ValueError,
-            match=rf"{method} compares proposals one by one .* These methods, with their default entries, can: vrdistill, seed",
-        ):
+        message = rf"{method}, as configured, .* With their default entries, these methods can: vrdistill, seed, fgd, mgd$"
+        with pytest.raises(ValueError, match=message):
             make_distillation(config, teacher, optax.constant_schedule(1e-3))
 
 

@@ -4,50 +4,11 @@ import numpy as np
 import optax
 import pytest
 from oracles import vrdistill as oracle
+from vote_scenes import B, C, M, make_scene, make_votes, shaken
 
 from vrdistill_jax.distillers import vrdistill
-from vrdistill_jax.distillers.vote_refinement import MultiHeadAttention, VoteRefinement, attention_bias
-from vrdistill_jax.structs import Boxes, DetectorOutput, Points, PointSet, Scene
-
-B, M, C, G, N = 2, 16, 8, 5, 40
-
-
-def make_scene(seed=0, counts=(3, 2), yaw=0.0) -> Scene:
-    """Boxes at random places, every second point on one of them; pads hold garbage."""
-    rng = np.random.default_rng(seed)
-    mask = np.arange(G) < np.array(counts)[:, None]
-    instance = np.full((B, N, 2), -1, np.int32)
-    for b, count in enumerate(counts):
-        if count:
-            instance[b, ::2, 0] = rng.integers(0, count, N // 2)
-            instance[b, ::6, 1] = 0
-    center = rng.uniform(-2, 2, (B, G, 3)).astype(np.float32)
-    boxes = Boxes(
-        center,
-        rng.uniform(0.5, 2, (B, G, 3)).astype(np.float32),
-        np.full((B, G), yaw, np.float32),
-        np.where(mask, 1, -1).astype(np.int32),
-        mask,
-        center + np.float32(0.1),
-    )
-    points = Points(
-        rng.uniform(-2, 2, (B, N, 3)).astype(np.float32),
-        np.zeros((B, N, 1), np.float32),
-        np.ones((B, N), bool),
-    )
-    eye = np.tile(np.eye(4, dtype=np.float32), (B, 1, 1))
-    return Scene(points, boxes, instance, eye, np.arange(B, dtype=np.int32), np.ones(B, bool))
-
-
-def make_votes(seed=0, size=C, count=M, pads=0) -> PointSet:
-    rng = np.random.default_rng(seed)
-    mask = np.broadcast_to(np.arange(count) < count - pads, (B, count))
-    return PointSet(
-        rng.uniform(-2, 2, (B, count, 3)).astype(np.float32),
-        rng.normal(size=(B, count, size)).astype(np.float32),
-        mask,
-        np.stack([rng.permutation(N)[:count] for _ in range(B)]).astype(np.int32),
-    )
+from vrdistill_jax.distillers.vote_refinement import VoteRefinement
+from vrdistill_jax.structs import DetectorOutput, PointSet
 
 
 def output_of(votes: PointSet) -> DetectorOutput:
@@ -70,97 +31,6 @@ def init(module, student, teacher, scene, key=0):
     return module.init(jax.random.key(key), output_of(student), output_of(teacher), scene, train=True).get(
         "params", {}
     )
-
-
-def shaken(params, seed=0, scale=0.3):
-    """Parameters that are nowhere zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noise)
-
-
-# ---- Refinement
-
-
-@pytest.mark.parametrize("cross_query", ["refined", "initial"])
-def test_untrained_refinement_is_the_identity_bit_for_bit(cross_query):
-    votes = make_votes(pads=3)
-    module = VoteRefinement(C, layers=3, heads=2, cross_query=cross_query)
-    refined, _ = module.init_with_output(jax.random.key(0), votes)
-    jax.tree.map(np.testing.assert_array_equal, refined, votes)
-    moved = module.apply({"params": shaken(module.init(jax.random.key(0), votes)["params"])}, votes)
-    assert np.abs(moved.xyz - votes.xyz).max() > 0.01
-    assert np.abs(moved.features - votes.features).max() > 0.01
-
-
-def test_no_layers_equal_refine_off():
-    scene, student, teacher = make_scene(), make_votes(1), make_votes(2)
-    off, none = make(refine=False), make(layers=0)
-    assert init(off, student, teacher, scene) == init(none, student, teacher, scene) == {}
-    total, terms = apply(off, {}, student, teacher, scene)
-    assert total == apply(none, {}, student, teacher, scene)[0]
-    assert "ref" not in terms
-
-
-@pytest.mark.parametrize("sign", [-1, 0, 1])
-@pytest.mark.parametrize("neighbors", [3, M])
-def test_attention_matches_the_oracle(sign, neighbors):
-    votes, memory = make_votes(0), make_votes(1, count=11, pads=2)
-    module = MultiHeadAttention(C, 2)
-    bias = attention_bias(votes.xyz, memory.xyz, memory.mask, neighbors, sign)
-    params = shaken(module.init(jax.random.key(0), votes.features, memory.features, bias)["params"])
-    got = module.apply({"params": params}, votes.features, memory.features, bias)
-    for b in range(B):
-        want, weights = oracle.attention(
-            votes.features[b],
-            memory.features[b],
-            votes.xyz[b],
-            memory.xyz[b],
-            memory.mask[b],
-            jax.tree.map(np.asarray, params),
-            2,
-            neighbors,
-            sign,
-        )
-        np.testing.assert_allclose(got[b], want, atol=1e-5)
-        assert ((weights > 0).sum(-1) == min(neighbors, 9)).all()
-
-
-def test_each_attention_row_has_k_entries_also_with_ties_and_few_keys():
-    xyz = np.zeros((1, 6, 3), np.float32)  # all coincide
-    mask = np.array([[True, True, True, True, False, True]])
-    for neighbors, expected in ((1, 1), (3, 3), (5, 5), (6, 5), (9, 5)):
-        bias = attention_bias(xyz, xyz, mask, neighbors)
-        weights = jax.nn.softmax(bias, -1)
-        assert ((np.asarray(weights) > 0).sum(-1) == expected).all()
-        assert (np.asarray(weights)[..., 4] == 0).all()
-    nothing = jax.nn.softmax(attention_bias(xyz, xyz, np.zeros((1, 6), bool), 3), -1)
-    assert np.isfinite(nothing).all()
-
-
-def test_all_neighbors_without_bias_are_plain_attention():
-    votes = make_votes(0)
-    np.testing.assert_array_equal(attention_bias(votes.xyz, votes.xyz, votes.mask, M, 0), 0)
-
-
-def test_refinement_is_permutation_equivariant_and_ignores_pads():
-    votes = make_votes(0, pads=4)
-    module = VoteRefinement(C, layers=2, heads=2)
-    params = {"params": shaken(module.init(jax.random.key(0), votes)["params"], scale=0.1)}
-    refined = module.apply(params, votes)
-    order = np.random.default_rng(3).permutation(M)
-    permuted = module.apply(params, PointSet(*(field[:, order] for field in votes)))
-    np.testing.assert_allclose(permuted.xyz, refined.xyz[:, order], atol=1e-5)
-    np.testing.assert_allclose(permuted.features, refined.features[:, order], atol=1e-4)
-    garbage = votes._replace(
-        xyz=np.where(votes.mask[..., None], votes.xyz, 7.0),
-        features=np.where(votes.mask[..., None], votes.features, 1e3),
-    )
-    again = module.apply(params, garbage)
-    real = np.asarray(votes.mask)
-    np.testing.assert_array_equal(np.asarray(again.xyz)[real], np.asarray(refined.xyz)[real])
-    np.testing.assert_array_equal(np.asarray(again.features)[real], np.asarray(refined.features)[real])
 
 
 # ---- Mask
@@ -209,6 +79,15 @@ def test_padded_boxes_do_not_count():
 
 
 # ---- Losses
+
+
+def test_no_layers_equal_refine_off():
+    scene, student, teacher = make_scene(), make_votes(1), make_votes(2)
+    off, none = make(refine=False), make(layers=0)
+    assert init(off, student, teacher, scene) == init(none, student, teacher, scene) == {}
+    total, terms = apply(off, {}, student, teacher, scene)
+    assert total == apply(none, {}, student, teacher, scene)[0]
+    assert "ref" not in terms
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

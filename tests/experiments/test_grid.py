@@ -5,10 +5,10 @@ import pathlib
 
 import pytest
 
-from vrdistill_jax.experiments import grid
+from vrdistill_jax.experiments import analysis, grid
 from vrdistill_jax.experiments.grid import Cell, Study, cell_config, run_cells, teacher_of, train_command
 from vrdistill_jax.experiments.rendering import as_markdown, as_text
-from vrdistill_jax.experiments.vrdistill_tables import TABLES, make_table, table_rows
+from vrdistill_jax.experiments.vrdistill_tables import READINGS, TABLES, _student_of, make_table, table_rows
 from vrdistill_jax.reproduce import choose_rows
 
 SEED = 0
@@ -102,6 +102,25 @@ def test_table_has_scores_gains_and_the_papers_numbers(done):
         assert "the command" in text
 
 
+def test_every_distilled_line_has_its_student_alone():
+    for number in (1, 2, 3, 7, 9, READINGS):
+        alone = {_student_of(row) for row in table_rows(number) if not row.methods}
+        assert {_student_of(row) for row in table_rows(number) if row.methods} <= alone
+
+
+def test_a_run_that_is_older_than_an_entry_is_analysed(done, cells, monkeypatch):
+    load = analysis.load_inference_checkpoint
+
+    def load_older(folder):
+        variables, config = load(folder)
+        del config.distiller.methods.vrdistill.same_clusters
+        return variables, config
+
+    monkeypatch.setattr(analysis, "load_inference_checkpoint", load_older)
+    run = analysis.load_run(done.folder(cells[1]))
+    assert run.teacher is not None
+
+
 def test_tables_share_cells_and_names_are_unique(study):
     cells = {number: [row.cell(SEED) for row in table_rows(number)] for number in TABLES}
     default = Cell("half", SEED, ("vrdistill",))
@@ -159,6 +178,10 @@ def test_names_say_what_is_trained():
 def test_a_student_has_the_detector_and_the_teacher_that_its_cell_names(study):
     own = Cell("half", 3, ("vrdistill",), detector="groupfree3d")
     assert teacher_of(own) == Cell(grid.TEACHER, 3, detector="groupfree3d")
+    sampling = ("detector.cluster_sampling", "vote_fps")
+    changed = Cell("half", 3, ("vrdistill",), (("distiller.methods.vrdistill.eta", 1.0), sampling))
+    assert teacher_of(changed) == Cell(grid.TEACHER, 3, (), (sampling,))  # trained as its student
+    assert teacher_of(changed._replace(teacher="groupfree3d")) == teacher_of(own)
     config = cell_config(own, study)
     assert config.detector.name == "groupfree3d"
     assert config.detector.width == 0.5 * cell_config(teacher_of(own), study).detector.width

@@ -91,6 +91,7 @@ def test_methods_of_weight_zero_do_nothing_to_the_student(teacher_dir, tmp_path)
     config = distill_config(teacher_dir, ("vrdistill", "pgd"))
     for entry in config.distiller.methods.values():
         entry.weight = 0.0
+    config.distiller.methods.vrdistill.same_clusters = True
     batch = make_batch(config, train=True)
     plain_step, plain, _ = start(config, tmp_path, batch, distill=False)
     step, state, constants = start(config, tmp_path, batch)
@@ -120,8 +121,8 @@ def test_distiller_parameters_decay_on_their_own(teacher_dir, tmp_path):
 
 
 def test_teacher_guided_start_and_labels(teacher_dir, tmp_path):
-    """The student starts from a slice of the teacher; the teacher's boxes enter the detection loss only."""
-    config = distill_config(teacher_dir, ("seed",))
+    """The student starts from a slice of the teacher; the teacher's boxes enter the detection loss only, not FGD's regions."""
+    config = distill_config(teacher_dir, ("fgd",))
     config.distiller.teacher_guided = teacher_guided.default_config()
     teacher = load_teacher(config, tmp_path)
     assert init_student(config, teacher, {"params": 1}) == {"params": 1}
@@ -139,7 +140,7 @@ def test_teacher_guided_start_and_labels(teacher_dir, tmp_path):
     _, plain = step(state, batch, jax.random.key(2), *constants)
     assert metrics["labels/added"] > 0
     assert "labels/added" not in plain
-    np.testing.assert_allclose(metrics["seed/total"], plain["seed/total"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["fgd/total"], plain["fgd/total"], rtol=1e-5)
     assert abs(metrics["detection"] - plain["detection"]) > 1e-3
 
 
@@ -199,6 +200,9 @@ def test_students_fit_their_teachers(size):
         student = student_config(("vrdistill",), width, size)
         assert student.detector.width == share * teacher.detector.width
         assert teacher_input(student.detector, teacher.detector) is None  # the same
+        # Clusters of both at the same seeds.
+        assert student.detector.cluster_sampling == "seed_fps"
+        assert student.teacher.detector.cluster_sampling_eval == "seed_fps"
         votenet.build(student.detector)
         assert student.optimizer.distiller_weight_decay == 1e-2
         assert student.distiller.methods.vrdistill.layers == 4
@@ -206,6 +210,9 @@ def test_students_fit_their_teachers(size):
     assert "distiller" not in alone
     assert "teacher" not in alone
     assert alone.detector == student_config(("seed",), "half", size).detector
+    assert (
+        student_config((), "same", size).detector.cluster_sampling == "seed_fps"
+    )  # the teacher's own training
     assert teacher.detector.width == (0.25 if size == "tiny" else 1.0)
 
 

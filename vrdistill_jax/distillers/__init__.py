@@ -5,16 +5,15 @@ A distiller is a module with
   build(config, student, teacher, axis_name=None) -> nn.Module
                                                    `config` is that entry; `student` and `teacher` are the two
                                                    config.detector sections; axis_name is the device axis of means
-  NEEDS_ALIGNED: bool                              whether it compares proposals one by one and therefore needs the
-                                                   student's proposals at the teacher's clusters
 whose network is called as
   module.apply({"params": ...}, student, teacher, scene, aligned=..., train=..., rngs={"distiller": key})
       -> (total, terms)
-with `student` and `teacher` DetectorOutputs of the same clouds (the teacher's under stop_gradient), `aligned` the student's
-DetectorOutput with the teacher's cluster indices (None unless NEEDS_ALIGNED, or the module's property `needs_aligned`, is
-true), total a scalar (the entry's weight in it) and terms a dict of scalars. A module whose property `needs_judge` is true is
-also called with judge=(votes) -> the detection loss of the teacher's own head on other votes. Learnable parts (alignment,
-refinement, generators) live in state.distiller.params of the training state, and are dropped at test time.
+with `student` and `teacher` DetectorOutputs of the same clouds (the teacher's under stop_gradient), total a scalar (the entry's
+weight in it) and terms a dict of scalars. What else a network reads, it says by attributes, False where they are missing:
+  needs_aligned   `aligned` is the student's DetectorOutput with the teacher's cluster indices (else None)
+  needs_judge     it is also called with judge=(votes) -> the detection loss of the teacher's own head on other votes
+Learnable parts (alignment, refinement, generators) live in state.distiller.params of the training state, and are dropped at
+test time.
 """
 
 from types import ModuleType

@@ -23,8 +23,6 @@ from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.mlp import Dense, kaiming_normal
 from vrdistill_jax.structs import DetectorOutput, Scene
 
-NEEDS_ALIGNED = False
-
 
 class ContextBlock(nn.Module):
     """Adds a summary of all points to each of them; the identity at the start of training.

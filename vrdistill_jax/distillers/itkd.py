@@ -27,8 +27,6 @@ from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.mlp import Dense
 from vrdistill_jax.structs import HEAD_GROUPS, Boxes, DetectorOutput, Scene
 
-NEEDS_ALIGNED = True
-
 
 def default_config() -> ConfigDict:
     """The start values, as one entry of `config.distiller.methods`.
@@ -84,6 +82,7 @@ class ITKD(nn.Module):
     attention_slots: int = 64
     literal_padding_mean: bool = False
     axis_name: str | None = None
+    needs_aligned = True  # compares proposals one by one
 
     @nn.compact
     def __call__(

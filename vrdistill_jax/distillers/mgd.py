@@ -23,8 +23,6 @@ from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.nn.mlp import Dense
 from vrdistill_jax.structs import DetectorOutput, Scene
 
-NEEDS_ALIGNED = False
-
 
 class NeighborLayer(nn.Module):
     """y_i = W_0 f_i + mean over the neighbours j of W_1 [f_j; (x_j - x_i) / scale] + b."""

@@ -27,8 +27,6 @@ from vrdistill_jax.geometry.iou import pairwise_iou
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.structs import Boxes, DetectorOutput, Scene
 
-NEEDS_ALIGNED = True
-
 
 def default_config() -> ConfigDict:
     """The start values, as one entry of `config.distiller.methods`.
@@ -89,6 +87,7 @@ class PGD(nn.Module):
     box: float = 1.28
     attention: float = 0.008
     axis_name: str | None = None
+    needs_aligned = True  # compares proposals one by one
 
     @nn.compact
     def __call__(

@@ -18,8 +18,6 @@ from vrdistill_jax.distillers.matching import align_features, mean_over_points, 
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.structs import DetectorOutput, Scene
 
-NEEDS_ALIGNED = False
-
 
 class SeedDistiller(nn.Module):
     """The loss and its alignment layer; attributes as in `default_config`, and the mapped device axis or None."""

@@ -27,8 +27,6 @@ from vrdistill_jax.losses.box import nearest, squared_distances
 from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.structs import Boxes, DetectorOutput, Predictions, Scene
 
-NEEDS_ALIGNED = True
-
 
 def default_config() -> ConfigDict:
     """The start values, as one entry of `config.distiller.methods`.
@@ -85,6 +83,7 @@ class SparseKD(nn.Module):
     max_distance: float = 0.3
     clip: float = 0.0001
     axis_name: str | None = None
+    needs_aligned = True  # compares proposals one by one
 
     def __call__(
         self,

@@ -29,7 +29,6 @@ from vrdistill_jax.losses.reduction import masked_mean
 from vrdistill_jax.losses.votes import vote_targets
 from vrdistill_jax.structs import Boxes, DetectorOutput, PointSet, Scene
 
-NEEDS_ALIGNED = False
 VOTE_LEVELS = ("cluster", "sampled_vote", "vote")
 
 

@@ -74,6 +74,11 @@ class Cell(NamedTuple):
     teacher: str = ""  # the teacher's detector; "" for the same
 
     @property
+    def detector_changes(self) -> tuple[tuple[str, Any], ...]:
+        """Those of its changes that make another student, whoever teaches it."""
+        return tuple(change for change in self.changes if change[0].startswith("detector."))
+
+    @property
     def name(self) -> str:
         """Name of its folder and its file: a run at full width is called after its detector, VoteNet's the teacher."""
         words = [] if self.detector == VOTENET else [self.detector]
@@ -159,8 +164,10 @@ def cell_changes(cell: Cell, study: Study) -> dict[str, Any]:
 
 
 def teacher_of(cell: Cell) -> Cell:
-    """The teacher of the same seed."""
-    return Cell(TEACHER, cell.seed, detector=cell.teacher or cell.detector)
+    """The teacher of the same seed; a detector of the same kind has the student's changes."""
+    detector = cell.teacher or cell.detector
+    changes = cell.detector_changes if detector == cell.detector else ()
+    return Cell(TEACHER, cell.seed, (), changes, detector)
 
 
 def train_command(cell: Cell, study: Study) -> str:

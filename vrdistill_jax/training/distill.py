@@ -77,9 +77,8 @@ def make_distillation(
         )
     methods = {}
     for name, entry in config.distiller.methods.items():
-        file = find_distiller(name)
-        module = file.build(entry, config.detector, teacher.config, axis_name)
-        needs_aligned = file.NEEDS_ALIGNED or getattr(module, "needs_aligned", False)
+        module = find_distiller(name).build(entry, config.detector, teacher.config, axis_name)
+        needs_aligned = getattr(module, "needs_aligned", False)
         if needs_aligned:
             check_one_by_one(name, config.detector, teacher)
         needs_judge = getattr(module, "needs_judge", False)
@@ -116,12 +115,14 @@ def check_one_by_one(method: str, student: Any, teacher: Teacher) -> None:
     elif not teacher.same_geometry:
         reason = "their geometry (detector.levels, or voxel_size) differs"
     if reason:
-        others = ", ".join(name for name in DISTILLERS if not find_distiller(name).NEEDS_ALIGNED)
-        if not find_distiller(method).NEEDS_ALIGNED:
-            method = f"{method} with same_clusters=True"
+        built = {
+            name: file.build(file.default_config(), student, teacher.config)
+            for name, file in DISTILLERS.items()
+        }
+        others = [name for name, module in built.items() if not getattr(module, "needs_aligned", False)]
         raise ValueError(
-            f"{method} compares proposals one by one and cannot be used here: {reason}. These methods, with their default "
-            f"entries, can: {others}"
+            f"{method}, as configured, compares proposals one by one and cannot be used here: {reason}. With their default "
+            f"entries, these methods can: {', '.join(others)}"
         )
 
 
