@@ -242,6 +242,7 @@ def test_clusters_at_the_teachers_seeds():
 
 def test_the_teachers_own_features_as_the_target():
     """Positions are the refined ones, features the teacher's; L_dis then has nothing to change in the refinement."""
+    assert vrdistill.default_config().target_features == "initial"
     scene, student, teacher = make_scene(), make_votes(1), make_votes(2)
     module = make(heads=2, layers=1, target_features="initial")
     params = shaken(init(module, student, teacher, scene), scale=0.1)
