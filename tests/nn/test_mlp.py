@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vrdistill_jax.nn.mlp import Dense, PointMLP, scale_size
+from vrdistill_jax.nn.mlp import Dense, PointMLP, linear, scale_size
 
 
 def test_folded_layer_equals_inference():
@@ -23,6 +23,17 @@ def test_folded_layer_equals_inference():
 
     folded = mlp.apply(variables, method=lambda bound: through_folded(bound))
     np.testing.assert_allclose(folded, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 5, 4, 3), (0, 3)])
+def test_linear_has_the_gradients_of_the_product(shape):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(3, 2)).astype(np.float32)
+    (y, pull), (expected, expected_pull) = (jax.vjp(f, x, kernel) for f in (linear, jnp.matmul))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    gradient = rng.normal(size=y.shape).astype(np.float32)
+    for ours, reference in zip(pull(gradient), expected_pull(gradient), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-6)
 
 
 def test_initial_ranges_follow_pytorch():

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vrdistill_jax.nn.mlp import Dense
+from vrdistill_jax.nn.mlp import Dense, linear
 
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
 QUERIES_PER_BLOCK = 512  # bounds the memory of the attention weights: a block of them exists at a time
@@ -122,12 +122,13 @@ class MultiHeadAttention(nn.Module):
         kernels, biases = jnp.split(self.in_kernel, 3, axis=1), jnp.split(self.in_bias, 3)
         heads = (self.num_heads, self.size // self.num_heads)
         query, key, value = (
-            (x @ kernel + bias).reshape(*x.shape[:2], *heads)
+            (linear(x, kernel) + bias).reshape(*x.shape[:2], *heads)
             for x, kernel, bias in zip((query, key, value), kernels, biases, strict=True)
         )
         rng = self.make_rng("dropout") if train and self.dropout_rate > 0 else None
         gathered = attend_in_blocks(query, key, value, mask, self.dropout_rate, rng)
-        return gathered.reshape(*gathered.shape[:2], self.size) @ self.out_kernel + self.out_bias
+        joined = gathered.reshape(*gathered.shape[:2], self.size)
+        return linear(joined, self.out_kernel) + self.out_bias
 
 
 class FeedForward(nn.Module):

@@ -15,6 +15,29 @@ kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 torch_default = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
+@jax.custom_vjp
+def linear(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array, "*n o"]:
+    """x @ kernel, with the kernel's gradient as one product of rows.
+
+    The derivative that JAX finds makes XLA on a CPU transpose all rows first: a training step of VoteNet takes half as long
+    again.
+    """
+    return x @ kernel
+
+
+def _linear_forward(x, kernel):
+    return linear(x, kernel), (x, kernel)
+
+
+def _linear_backward(residuals, gradient):
+    x, kernel = residuals
+    rows, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return gradient @ kernel.T, rows.T @ gradients
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
 class Dense(nn.Module):
     """A linear layer with an explicit input size, so that its kernel can be read before it is called.
 
@@ -41,7 +64,7 @@ class Dense(nn.Module):
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         """Applies the layer to the last axis."""
-        y = x @ self.kernel
+        y = linear(x, self.kernel)
         return y if self.bias is None else y + self.bias
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from vrdistill_jax.geometry.indexing import gather_rows
 from vrdistill_jax.geometry.interpolation import interpolate
-from vrdistill_jax.nn.mlp import PointMLP, scale_size
+from vrdistill_jax.nn.mlp import PointMLP, linear, scale_size
 from vrdistill_jax.nn.norm import MaskedBatchNorm, NormFactory
 from vrdistill_jax.structs import Interpolation, PointPyramid, Points, PointSet, PyramidLevel
 
@@ -73,7 +73,7 @@ class SetAbstraction(nn.Module):
         mask = level.mask[:, :, None]
         kernel = first.dense.kernel
         relative = (gather_rows(xyz, level.neighbor_index) - level.xyz[:, :, None]) / self.radius
-        x = relative @ kernel[:3] + gather_rows(features @ kernel[3:], level.neighbor_index)
+        x = linear(relative, kernel[:3]) + gather_rows(linear(features, kernel[3:]), level.neighbor_index)
         x = first.finish(x, mask, train=True)
         for layer in middle:
             x = layer(x, mask, train=True)
