@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/distillation.md from the JSON files beside this script.
+"""Writes the tables of README.md and of some pages of docs from the JSON files beside this script.
 
 python results/render.py          rewrites the pages
 python results/render.py --check  exit code 1 if a page does not show what the JSON files hold
@@ -12,11 +12,10 @@ from functools import partial
 
 from vrdistill_jax.experiments.grid import Study
 from vrdistill_jax.experiments.rendering import as_markdown
-from vrdistill_jax.experiments.vrdistill_tables import make_table
+from vrdistill_jax.reproduce import PAPERS
 
 HERE = pathlib.Path(__file__).parent
-PAGES = [HERE.parent / "README.md", HERE.parent / "docs" / "distillation.md"]
-VRDISTILL = Study("synthrooms", "small", pathlib.Path("runs/reproduce"), HERE / "vrdistill")
+PAGES = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
 SEEDS = 3
 
 
@@ -88,13 +87,14 @@ def sim_to_real() -> str:
     )
 
 
-def vrdistill_table(number: int | str) -> str:
-    return as_markdown(make_table(number, VRDISTILL, SEEDS)).rstrip()
+def table_of_runs(paper: str, number: int | str) -> str:
+    study = Study("synthrooms", "small", pathlib.Path("runs/reproduce"), HERE / paper)
+    return as_markdown(PAPERS[paper].make_table(number, study, SEEDS)).rstrip()
 
 
-def measured_table(name: str) -> str:
+def measured_table(paper: str, name: str) -> str:
     """Of a file that was measured as a whole, such as times."""
-    return (HERE / "vrdistill" / "synthrooms_small" / f"{name}.md").read_text().rstrip()
+    return (HERE / paper / "synthrooms_small" / f"{name}.md").read_text().rstrip()
 
 
 def vote_distances() -> str:
@@ -117,9 +117,11 @@ SECTIONS = {
     "vrdistill_votes": vote_distances,
     "synthrooms": synthrooms,
     "sim_to_real": sim_to_real,
-    "vrdistill_table8": partial(measured_table, "table8"),
-    **{f"vrdistill_table{n}": partial(vrdistill_table, n) for n in (1, 3, 6, 7, 9)},
-    "vrdistill_readings": partial(vrdistill_table, "readings"),
+    "vrdistill_table8": partial(measured_table, "vrdistill", "table8"),
+    "sr3d_table7": partial(measured_table, "sr3d", "table7"),
+    **{f"vrdistill_table{n}": partial(table_of_runs, "vrdistill", n) for n in (1, 3, 4, 6, 7, 9)},
+    **{f"vrdistill_{name}": partial(table_of_runs, "vrdistill", name) for name in ("readings", "cross_family")},
+    **{f"sr3d_table{n}": partial(table_of_runs, "sr3d", n) for n in range(1, 7)},
 }
 
 
