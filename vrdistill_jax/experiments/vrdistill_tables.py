@@ -199,6 +199,7 @@ TABLES[READINGS] = (
         ("VRDistill", {}, PAPER[1]["quarter"]["vrdistill"]),
         ("eta = 1", {"eta": 1.0}, None),
         ("eta = 30", {"eta": 30.0}, None),
+        ("eta = 100", {"eta": 100.0}, None),
         ("no refinement", {"refine": False}, None),
         ("as printed", AS_PRINTED, None),
         width="quarter",
