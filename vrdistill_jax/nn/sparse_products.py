@@ -18,7 +18,7 @@ from vrdistill_jax.geometry.host.voxels import TOO_MANY_PAIRS
 from vrdistill_jax.structs import KernelMap
 
 # Gathered values of one block of rows. A CPU wants them in its cache, a GPU wants few, large products.
-BLOCK_VALUES = {"cpu": 2**21}
+BLOCK_VALUES = {"cpu": 2**19}
 BLOCK_VALUES_ELSEWHERE = 2**27
 
 
