@@ -194,7 +194,7 @@ TABLES: dict[int | str, tuple[str, list[Row]]] = family_tables.TABLES | {
 
 READINGS = "readings"
 TABLES[READINGS] = (
-    "What the paper leaves open of VRDistill (in no paper), 1/4 width",
+    "What the paper leaves open of VRDistill (in no paper)",
     _ablation(
         ("VRDistill", {}, PAPER[1]["quarter"]["vrdistill"]),
         ("eta = 1", {"eta": 1.0}, None),
@@ -203,6 +203,10 @@ TABLES[READINGS] = (
         ("no refinement", {"refine": False}, None),
         ("as printed", AS_PRINTED, None),
         width="quarter",
+    )
+    + _ablation(
+        ("VRDistill", {}, PAPER[1]["half"]["vrdistill"]),
+        ("eta = 30", {"eta": 30.0}, None),
     )
     + [
         Row("Teacher", TEACHER),
