@@ -25,10 +25,10 @@ def test_folded_layer_equals_inference():
     np.testing.assert_allclose(folded, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 5, 4, 3), (0, 3)])
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 5, 4, 3), (0, 3), (2, 4, 0)])
 def test_linear_has_the_gradients_of_the_product(shape):
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(3, 2)).astype(np.float32)
+    x, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(shape[-1], 2)).astype(np.float32)
     (y, pull), (expected, expected_pull) = (jax.vjp(f, x, kernel) for f in (linear, jnp.matmul))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
     gradient = rng.normal(size=y.shape).astype(np.float32)

@@ -1,5 +1,6 @@
 """Pointwise layers (1x1 convolutions) with the initialisation of the PyTorch references."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def _linear_forward(x, kernel):
 
 def _linear_backward(residuals, gradient):
     x, kernel = residuals
-    rows, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    count = math.prod(x.shape[:-1])
+    rows, gradients = x.reshape(count, x.shape[-1]), gradient.reshape(count, gradient.shape[-1])
     return gradient @ kernel.T, rows.T @ gradients
 
 
