@@ -339,7 +339,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
     other = distill_config(teacher_dir, ("vrdistill", "mgd"))
     other.distiller.methods.vrdistill.eta = 3.0
-    with pytest.raises(ValueError, match=r"distiller.methods.vrdistill.eta: 10.0 there, 3.0 here"):
+    with pytest.raises(ValueError, match=r"distiller.methods.vrdistill.eta: 30.0 there, 3.0 here"):
         train_verb.train(other, tmp_path / "whole")
 
 

@@ -71,7 +71,7 @@ def default_config() -> ConfigDict:
     return ConfigDict(
         dict(
             weight=1.0,
-            eta=10.0,
+            eta=30.0,
             mu=10.0,
             vote_level="cluster",
             same_clusters=False,
@@ -146,7 +146,7 @@ class VRDistill(nn.Module):
     """
 
     weight: float = 1.0
-    eta: float = 10.0
+    eta: float = 30.0
     mu: float = 10.0
     vote_level: str = "cluster"
     same_clusters: bool = False
