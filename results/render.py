@@ -120,7 +120,10 @@ SECTIONS = {
     "vrdistill_table8": partial(measured_table, "vrdistill", "table8"),
     "sr3d_table7": partial(measured_table, "sr3d", "table7"),
     **{f"vrdistill_table{n}": partial(table_of_runs, "vrdistill", n) for n in (1, 3, 4, 6, 7, 9)},
-    **{f"vrdistill_{name}": partial(table_of_runs, "vrdistill", name) for name in ("readings", "cross_family")},
+    **{
+        f"vrdistill_{name}": partial(table_of_runs, "vrdistill", name)
+        for name in ("readings", "cross_family")
+    },
     **{f"sr3d_table{n}": partial(table_of_runs, "sr3d", n) for n in range(1, 7)},
 }
 

@@ -18,10 +18,9 @@ torch_default = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 @jax.custom_vjp
 def linear(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array, "*n o"]:
-    """x @ kernel, with the kernel's gradient as one product of rows.
+    """Multiplies rows with a kernel; its gradient is one product of rows, too.
 
-    The derivative that JAX finds makes XLA on a CPU transpose all rows first: a training step of VoteNet takes half as long
-    again.
+    XLA on a CPU transposes all rows for the gradient that JAX derives, and a training step of VoteNet takes twice as long.
     """
     return x @ kernel
 
