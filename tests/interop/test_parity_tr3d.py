@@ -11,7 +11,7 @@ from vrdistill_jax.import_torch import find_importer, import_checkpoint
 from vrdistill_jax.interop import parity_tr3d
 from vrdistill_jax.interop.parity import ParityTable
 from vrdistill_jax.interop.parity_sparse import build_case, read_case_arrays
-from vrdistill_jax.interop.torch_tr3d import tr3d_config
+from vrdistill_jax.interop.torch_tr3d import tr3d_config, tr3d_rules
 
 RNG = np.random.default_rng(0)
 
@@ -154,13 +154,13 @@ def test_gradients_may_be_off_as_far_as_the_references_own():
     class Case:
         name = "train"
 
-    case = Case()
+    case, rules = Case(), {rule.theirs: rule for rule in tr3d_rules()}
     case.stored, case.log = stored, log
     for factor, passes in ((1.005, True), (1.015, False), (1.03, False)):
         for numbers in (exact, {}):
             table = ParityTable()
             gradient = {name: value * factor for name, value in ours.items()}
-            parity_tr3d.check_gradients(table, case, numbers, gradient)
+            parity_tr3d.check_gradients(table, case, numbers, gradient, rules)
             assert len(table.rows) == 5
             assert table.ok is (passes or not numbers), (factor, table.render())
 

@@ -20,8 +20,17 @@ from vrdistill_jax.detectors.dense_decoding import evaluation_protocol
 from vrdistill_jax.detectors.fcaf3d import HeadOutput
 from vrdistill_jax.geometry.boxes import join_boxes
 from vrdistill_jax.geometry.indexing import gather_rows
-from vrdistill_jax.interop.name_map import Rule, Variables, flatten
-from vrdistill_jax.interop.parity import ParityTable, has_file
+from vrdistill_jax.interop.name_map import Rule, Variables
+from vrdistill_jax.interop.parity import ParityTable
+from vrdistill_jax.interop.parity_dense import (
+    DECODED,
+    TRAIN,
+    HeadOnly,
+    check_box_rows,
+    check_running,
+    find_cases,
+    take_training_step,
+)
 from vrdistill_jax.interop.parity_sparse import (
     SLACK,
     SparseCase,
@@ -36,11 +45,8 @@ from vrdistill_jax.interop.parity_sparse import (
     check_terms,
     level_rows,
     read_case_arrays,
-    recipe_tensors,
 )
-from vrdistill_jax.interop.parity_tr3d import NORM_MOMENTUM, RECIPE, STATISTICS, TRAIN
 from vrdistill_jax.interop.torch_fcaf3d import NUM_LEVELS, fcaf3d_rules, variables_from_fcaf3d
-from vrdistill_jax.nn.norm import update_running
 from vrdistill_jax.nn.sparse_conv import keep_highest
 from vrdistill_jax.nn.sparse_resnet import FCAF3D_LEVELS
 from vrdistill_jax.structs import DetectorOutput, Scene, VoxelPyramid
@@ -51,7 +57,6 @@ FULL_CASES = ("full_small", "full_large", "full_large_prune12000")
 # in all logs that do.
 USUAL_ROUNDING = 4e-5
 TARGETS = 1e-5  # centreness from the same coordinates: a few roundings, of distances that may be small
-DECODED = 1e-5  # boxes from the same channels
 # The reference's float32 gradients are 5e-5 of a tensor's largest entry away from float64; but a ReLU that switches sides by
 # rounding changes one by far more. In the reference's TR3D on the same clouds they are up to 2.4e-2 off, half of them up to
 # 1.7e-3, and their norms up to 9e-4.
@@ -82,21 +87,12 @@ def check_fcaf3d(
     """
     golden, inputs = pathlib.Path(golden), pathlib.Path(inputs or golden)
     table = ParityTable()
-    cases = [name for name in (*NARROW_CASES, *FULL_CASES) if has_file(table, golden / f"{name}.npz")]
-    if not cases:
-        raise ValueError(f"{golden} holds none of {', '.join((*NARROW_CASES, *FULL_CASES))} (.npz)")
-    weights = dict.fromkeys(NARROW_CASES, (variables, config))
-    if set(cases) & set(FULL_CASES) and all(has_file(table, golden / file) for file in RECIPE):
-        full = variables_from_fcaf3d(recipe_tensors(golden), config.dataset.name)
-        weights |= dict.fromkeys(FULL_CASES, full)
-    for name in cases:
-        if name not in weights:
-            table.skipped.append(f"{name}: no weights for it")
-            continue
-        case, detector = read_case(golden, inputs, name, weights[name][1])
-        check_case(table, case, weights[name][0], detector)
+    cases = find_cases(table, golden, NARROW_CASES, FULL_CASES, (variables, config), variables_from_fcaf3d)
+    for name, weights, whole in cases:
+        case, detector = read_case(golden, inputs, name, whole)
+        check_case(table, case, weights, detector)
         if "train_bbox_loss" in case.stored:
-            check_training(table, case, weights[name][0], detector)
+            check_training(table, case, weights, detector)
     return table
 
 
@@ -279,12 +275,7 @@ def check_boxes(table: ParityTable, case: SparseCase, head: HeadOutput) -> None:
                 table.add(f"{label} decoding", decoded[:, : theirs.shape[1]], theirs, DECODED)
             boxes = np.asarray(fcaf3d.boxes_from_head(points, ours))[::step]
             # A length is the sum of two distances, that of a turned box of up to four.
-            add_absolute(table, label, boxes[:, :6], theirs[:, :6], 4 * tolerance)
-            if ours.shape[1] == 8:
-                # The direction of (a, b) is the less certain the shorter it is.
-                length = np.hypot(ours[::step, 6], ours[::step, 7])
-                turn = (boxes[:, 6] - theirs[:, 6] + np.pi / 2) % np.pi - np.pi / 2  # yaws repeat after pi
-                add_absolute(table, f"{label} yaw", turn * length, np.zeros_like(turn), tolerance)
+            check_box_rows(table, label, boxes, theirs, ours[::step], 4 * tolerance, tolerance)
 
 
 class Targets(NamedTuple):
@@ -378,33 +369,15 @@ def check_training(table: ParityTable, case: SparseCase, variables: Variables, c
       variables: of the network.
       config: config.detector.
     """
-    model = fcaf3d.build(config)
-
-    @jax.jit
-    def step(variables, scene, pyramid):
-        def objective(params):
-            tree = {"params": params, "batch_stats": variables["batch_stats"]}
-            output, updates = model.apply(tree, scene.points, pyramid, train=True, mutable=["batch_stats"])
-            total, terms = fcaf3d.loss(output, scene, config)
-            return total, (output.raw.head, terms, updates["batch_stats"])
-
-        return jax.grad(objective, has_aux=True)(variables["params"])
-
-    gradient, (head, terms, stats) = jax.tree.map(np.asarray, step(variables, case.scene, case.pyramid))
-    check_head(table, case, head, "train_head", TRAIN)
+    step = take_training_step(fcaf3d, case, variables, config)
+    check_head(table, case, step.head, "train_head", TRAIN)
     tolerance = max(find_tolerance(case, key) for key in ("bbox_preds", "cls_preds", "center_preds"))
-    check_terms(table, case, "train", terms, TRAIN * tolerance)
+    check_terms(table, case, "train", step.terms, TRAIN * tolerance)
     names = [name.partition("/")[2] for name in case.stored if name.startswith(("grad/", "after_train/"))]
     names += case.log.get("grad_norm_sum_absmax", {})
     rules = {rule.theirs: rule for rule in fcaf3d_rules(names, tuple(config.num_blocks))}
-    check_gradients(table, case, flatten({"params": gradient}), rules)
-    after = flatten({"batch_stats": update_running(variables["batch_stats"], stats, NORM_MOMENTUM)})
-    for name, theirs in case.stored.items():
-        kind, _, parameter = name.partition("/")
-        if kind == "after_train" and parameter in rules:
-            table.add(f"{case.name}:{name}", after[rules[parameter].ours], theirs, STATISTICS)
-        elif kind == "after_train":
-            table.skipped.append(f"{case.name}:{name} (unknown)")
+    check_gradients(table, case, step.gradient, rules)
+    check_running(table, case, step.running, rules)
 
 
 def check_gradients(
@@ -433,9 +406,3 @@ def check_gradients(
             continue
         norm = np.linalg.norm(np.asarray(gradient[rules[name].ours], np.float64).reshape(-1))
         table.add(f"{case.name}:|grad {name}|", np.asarray(norm), np.asarray(entry[0]), GRADIENT_NORM)
-
-
-class HeadOnly(NamedTuple):
-    """As much of FCAF3DRaw as the loss reads."""
-
-    head: HeadOutput

@@ -5,7 +5,7 @@ The narrow cases take the weights that are being imported.
 """
 
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,17 @@ from vrdistill_jax.detectors import tr3d
 from vrdistill_jax.detectors.tr3d import HeadOutput
 from vrdistill_jax.geometry.boxes import join_boxes
 from vrdistill_jax.geometry.indexing import gather_rows
-from vrdistill_jax.interop.name_map import Variables, flatten
+from vrdistill_jax.interop.name_map import Rule, Variables
 from vrdistill_jax.interop.parity import ParityTable, has_file, load_arrays
+from vrdistill_jax.interop.parity_dense import (
+    DECODED,
+    TRAIN,
+    HeadOnly,
+    check_box_rows,
+    check_running,
+    find_cases,
+    take_training_step,
+)
 from vrdistill_jax.interop.parity_sparse import (
     SLACK,
     SparseCase,
@@ -31,26 +40,19 @@ from vrdistill_jax.interop.parity_sparse import (
     check_terms,
     level_rows,
     read_case_arrays,
-    recipe_tensors,
     score_noise,
 )
 from vrdistill_jax.interop.parity_tr3d_units import check_units
 from vrdistill_jax.interop.torch_tr3d import tr3d_rules, variables_from_tr3d
 from vrdistill_jax.losses.box import diou_loss
 from vrdistill_jax.losses.classification import focal_loss
-from vrdistill_jax.nn.norm import update_running
 from vrdistill_jax.structs import DetectorOutput, Scene
 
 NARROW_CASES = ("narrow_small", "narrow_batch2_train")
 FULL_CASES = ("full_small", "full_large")
-RECIPE = ("full_weights_recipe.json", "full_weights_small.npz")
 # The assigner of the authors' repository, and mmdetection3d's; what is called so has the second one's name at its end.
 VARIANTS = {"samsung": "", "mmdet3d": "_mmdet3d"}
-DECODED = 1e-5  # boxes from the same channels: a few roundings of numbers of some metres
-TRAIN = 10.0  # batch statistics divide by the spread of this batch, layer after layer: errors grow more than in evaluation
-STATISTICS = 1e-5
 GRADIENT = 3e-2  # without float64 numbers: the reference's float32 gradients are up to 2.4 % off
-NORM_MOMENTUM = 0.1
 
 
 def check_tr3d(
@@ -75,23 +77,14 @@ def check_tr3d(
     """
     golden, inputs = pathlib.Path(golden), pathlib.Path(inputs or golden)
     table = ParityTable()
-    cases = [name for name in (*NARROW_CASES, *FULL_CASES) if has_file(table, golden / f"{name}.npz")]
-    if not cases:
-        raise ValueError(f"{golden} holds none of {', '.join((*NARROW_CASES, *FULL_CASES))} (.npz)")
-    weights = dict.fromkeys(NARROW_CASES, (variables, config))
-    if set(cases) & set(FULL_CASES) and all(has_file(table, golden / file) for file in RECIPE):
-        full = variables_from_tr3d(recipe_tensors(golden), config.dataset.name)
-        weights |= dict.fromkeys(FULL_CASES, full)
-    for name in cases:
-        if name in weights:
-            case, detector = read_case(golden, inputs, name, weights[name][1])
-            check_case(table, case, weights[name][0], detector)
-            if "train_bbox_loss" in case.stored:
-                path = golden / f"{name}_grad64.npz"
-                exact = load_arrays(path) if has_file(table, path) else {}
-                check_training(table, case, exact, weights[name][0], detector)
-        else:
-            table.skipped.append(f"{name}: no weights for it")
+    cases = find_cases(table, golden, NARROW_CASES, FULL_CASES, (variables, config), variables_from_tr3d)
+    for name, weights, whole in cases:
+        case, detector = read_case(golden, inputs, name, whole)
+        check_case(table, case, weights, detector)
+        if "train_bbox_loss" in case.stored:
+            path = golden / f"{name}_grad64.npz"
+            exact = load_arrays(path) if has_file(table, path) else {}
+            check_training(table, case, exact, weights, detector)
     if has_file(table, golden / "units.npz"):
         check_units(table, load_arrays(golden / "units.npz"), config.detector)
     return table
@@ -200,15 +193,9 @@ def check_boxes(table: ParityTable, case: SparseCase, head: HeadOutput) -> None:
             decoded = np.asarray(tr3d.boxes_from_head(jnp.asarray(points), jnp.asarray(channels)))[::step]
             table.add(f"{label} decoding", decoded, theirs, DECODED)
             boxes = np.asarray(tr3d.boxes_from_head(jnp.asarray(points), jnp.asarray(ours)))[::step]
+            tolerance = case.tolerance("bbox_preds")
             # The height is the sum of two sizes.
-            add_absolute(table, label, boxes[:, :6], theirs[:, :6], 2 * case.tolerance("bbox_preds"))
-            if channels.shape[1] == 8:
-                # The direction of (a, b) is the less certain the shorter it is.
-                length = np.hypot(channels[::step, 6], channels[::step, 7])
-                turn = (boxes[:, 6] - theirs[:, 6] + np.pi / 2) % np.pi - np.pi / 2  # yaws repeat after pi
-                add_absolute(
-                    table, f"{label} yaw", turn * length, np.zeros_like(turn), case.tolerance("bbox_preds")
-                )
+            check_box_rows(table, label, boxes, theirs, channels[::step], 2 * tolerance, tolerance)
 
 
 def check_losses(table: ParityTable, case: SparseCase, head: HeadOutput, config: Any) -> None:
@@ -272,35 +259,21 @@ def check_training(
       variables: of the network.
       config: config.detector.
     """
-    model = tr3d.build(config)
-
-    @jax.jit
-    def step(variables, scene, pyramid):
-        def objective(params):
-            tree = {"params": params, "batch_stats": variables["batch_stats"]}
-            output, updates = model.apply(tree, scene.points, pyramid, train=True, mutable=["batch_stats"])
-            total, terms = tr3d.loss(output, scene, config)
-            return total, (output.raw.head, terms, updates["batch_stats"])
-
-        return jax.grad(objective, has_aux=True)(variables["params"])
-
-    gradient, (head, terms, stats) = jax.tree.map(np.asarray, step(variables, case.scene, case.pyramid))
-    box, logit = TRAIN * case.tolerance("bbox_preds"), TRAIN * case.tolerance("cls_preds")
-    check_head(table, case, head, "train_head", box, logit)
-    check_terms(table, case, "train", terms, max(box, logit))
-    check_gradients(table, case, exact, flatten({"params": gradient}))
-    after = flatten({"batch_stats": update_running(variables["batch_stats"], stats, NORM_MOMENTUM)})
+    step = take_training_step(tr3d, case, variables, config)
     rules = {rule.theirs: rule for rule in tr3d_rules()}
-    for name, theirs in case.stored.items():
-        kind, _, parameter = name.partition("/")
-        if kind == "after_train" and parameter in rules:
-            table.add(f"{case.name}:{name}", after[rules[parameter].ours], theirs, STATISTICS)
-        elif kind == "after_train":
-            table.skipped.append(f"{case.name}:{name} (unknown)")
+    box, logit = TRAIN * case.tolerance("bbox_preds"), TRAIN * case.tolerance("cls_preds")
+    check_head(table, case, step.head, "train_head", box, logit)
+    check_terms(table, case, "train", step.terms, max(box, logit))
+    check_gradients(table, case, exact, step.gradient, rules)
+    check_running(table, case, step.running, rules)
 
 
 def check_gradients(
-    table: ParityTable, case: SparseCase, exact: dict[str, np.ndarray], gradient: dict[str, np.ndarray]
+    table: ParityTable,
+    case: SparseCase,
+    exact: dict[str, np.ndarray],
+    gradient: dict[str, np.ndarray],
+    rules: dict[str, Rule],
 ) -> None:
     """Gradients of the summed losses, against float64 if the reference has it.
 
@@ -313,8 +286,8 @@ def check_gradients(
       case: with grad/*, and the norms of all gradients in its log.
       exact: grad/* and norm/* in float64; empty if there are none.
       gradient: {our path: gradient}.
+      rules: {their name: how it is converted}.
     """
-    rules = {rule.theirs: rule for rule in tr3d_rules()}
     theirs = {name: value for name, value in case.stored.items() if name.startswith("grad/")}
     norms = {f"norm/{name}": entry[0] for name, entry in case.log.get("grad_norm_sum_absmax", {}).items()}
     worst, typical, worst_norm = GRADIENT, GRADIENT, GRADIENT
@@ -345,9 +318,3 @@ def check_gradients(
 def relative_error(values: np.ndarray, exact: np.ndarray) -> float:
     """Largest error relative to the largest magnitude."""
     return float(np.max(np.abs(np.asarray(values, np.float64) - exact)) / np.max(np.abs(exact)))
-
-
-class HeadOnly(NamedTuple):
-    """As much of TR3DRaw as the loss reads."""
-
-    head: HeadOutput
