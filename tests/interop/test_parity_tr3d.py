@@ -135,6 +135,19 @@ def test_full_width_cases_need_a_recipe(tmp_path):
     assert table.skipped[-2:] == ["full_small: no weights for it", "no units.npz there"]
 
 
+def test_a_case_without_points_is_named_and_refused_only_if_no_case_has_any(tmp_path):
+    np.savez(tmp_path / "narrow_small.npz", voxel_size=np.float32(0.1))
+    with pytest.raises(ValueError, match="narrow_small: points0 is neither in .*--inputs"):
+        parity_tr3d.check_tr3d({}, small_config("scannet"), tmp_path)
+    apart = tmp_path / "inputs"
+    apart.mkdir()
+    np.savez(apart / "full_small_inputs.npz", points0=np.zeros((1, 6)))
+    np.savez(tmp_path / "full_small.npz")
+    table = parity_tr3d.check_tr3d({}, small_config("scannet"), tmp_path, apart)
+    assert f"narrow_small: no points0 there, nor in {apart}" in table.skipped
+    assert "full_small: no weights for it" in table.skipped
+
+
 def make_gradients():
     theirs = ["head.cls_conv.kernel", "neck.out_block_0.0.kernel"]
     ours = {

@@ -170,3 +170,9 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file."""
     with np.load(path) as file:
         return dict(file)
+
+
+def list_arrays(path: pathlib.Path) -> list[str]:
+    """The names of the arrays of an .npz file; none is read."""
+    with np.load(path) as file:
+        return file.files

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vrdistill_jax.interop.name_map import Rule, Variables, flatten
-from vrdistill_jax.interop.parity import ParityTable, has_file
+from vrdistill_jax.interop.parity import ParityTable, has_file, list_arrays
 from vrdistill_jax.interop.parity_sparse import SparseCase, add_absolute, recipe_tensors
 from vrdistill_jax.nn.norm import update_running
 
@@ -41,6 +41,7 @@ class TrainingStep(NamedTuple):
 def find_cases(
     table: ParityTable,
     golden: pathlib.Path,
+    inputs: pathlib.Path,
     narrow: tuple[str, ...],
     full: tuple[str, ...],
     imported: Imported,
@@ -51,17 +52,26 @@ def find_cases(
     Args:
       table: lists what the folder lacks.
       golden: the folder.
+      inputs: folder of CASE_inputs.npz.
       narrow: cases with the weights that are being imported.
       full: cases with the weights of the folder's recipe.
       imported: variables and whole config of the narrow weights.
       import_full: makes the same of the recipe's tensors and the dataset's name.
 
     Raises:
-      ValueError: if the folder has no case at all.
+      ValueError: if the folder has no case at all, or none with points.
     """
     cases = [name for name in (*narrow, *full) if has_file(table, golden / f"{name}.npz")]
     if not cases:
         raise ValueError(f"{golden} holds none of {', '.join((*narrow, *full))} (.npz)")
+    without = [name for name in cases if not has_points(golden, inputs, name)]
+    if without == cases:
+        raise ValueError(
+            f"{cases[0]}: points0 is neither in {golden / cases[0]}.npz nor in {inputs}/{cases[0]}_inputs.npz; --inputs "
+            "names the folder of the latter"
+        )
+    table.skipped += [f"{name}: no points0 there, nor in {inputs}" for name in without]
+    cases = [name for name in cases if name not in without]
     weights = dict.fromkeys(narrow, imported)
     if set(cases) & set(full) and all(has_file(table, golden / file) for file in RECIPE):
         weights |= dict.fromkeys(full, import_full(recipe_tensors(golden), imported[1].dataset.name))
@@ -70,6 +80,12 @@ def find_cases(
             yield name, *weights[name]
         else:
             table.skipped.append(f"{name}: no weights for it")
+
+
+def has_points(golden: pathlib.Path, inputs: pathlib.Path, name: str) -> bool:
+    """Whether the points of a case are among its outputs or lie apart."""
+    paths = golden / f"{name}.npz", inputs / f"{name}_inputs.npz"
+    return any(path.is_file() and "points0" in list_arrays(path) for path in paths)
 
 
 def check_box_rows(

@@ -83,11 +83,13 @@ def check_fcaf3d(
       The table; what the folder lacks is listed in `skipped`.
 
     Raises:
-      ValueError: if there is no case at all, or a case lacks its inputs or its log, or files contradict each other.
+      ValueError: if there is no case at all, or none with points, or a case lacks its log, or files contradict each other.
     """
     golden, inputs = pathlib.Path(golden), pathlib.Path(inputs or golden)
     table = ParityTable()
-    cases = find_cases(table, golden, NARROW_CASES, FULL_CASES, (variables, config), variables_from_fcaf3d)
+    cases = find_cases(
+        table, golden, inputs, NARROW_CASES, FULL_CASES, (variables, config), variables_from_fcaf3d
+    )
     for name, weights, whole in cases:
         case, detector = read_case(golden, inputs, name, whole)
         check_case(table, case, weights, detector)
