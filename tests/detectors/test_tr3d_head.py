@@ -169,6 +169,8 @@ def test_every_assigner_with_ras(assigner):
     assert terms["positives"] > 0.5
     assert 0 < terms["quality"] < 1
     assert 0 < terms["aic"] < 1
+    # No mean difference is smaller than the difference of the means.
+    assert abs(terms["score_top_k"] - terms["quality_top_k"]) <= terms["aic_top_k"] + 1e-6
 
 
 @pytest.mark.parametrize("oriented", [True, False])

@@ -27,6 +27,8 @@ def test_record_has_tests_curves_and_the_case_study(done):
     assert alignment["aic"] == alignment["aic_top_k"]  # its assigner is TR3D's
     assert alignment["aic"][0][0] == 50
     assert 0 < alignment["aic"][0][1] < 1
+    assert 0 < alignment["score_top_k"][0][1] < 1
+    assert 0 < alignment["quality_top_k"][0][1] < 1
     points = alignment["consistency"]["points"]
     assert len(points["iou"]) == len(points["label"]) == alignment["consistency"]["num_detections"]
     # Perfect scores cannot be worse than the scores of a network that has hardly learnt.

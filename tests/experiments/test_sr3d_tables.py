@@ -28,6 +28,7 @@ def record_of(config, score: float, num_tests: int = 1) -> dict:
         "alignment": {
             "aic": [[50, 0.4], [100, score]],
             "aic_top_k": [[50, 0.4], [100, score + 0.01]],
+            "score_top_k": [[50, 0.1], [100, score - 0.1]],  # "quality_top_k" was added to records later
             "consistency": {"PCE": 1 - score, "histogram": [1, 1], "bin": 0.5, "points": points},
             "case_study": {
                 kind: {"mAP@0.25": score + 0.2, "mAP@0.5": score} for kind in ("gt_ctr", "gt_iou")
@@ -83,7 +84,8 @@ def test_table_1_has_best_and_mean_of_all_tests(study):
     assert table.columns[:5] == ["model", "trainings", "mAP@0.25 best", "mean", "paper: best (mean)"]
     assert lines["TR3D"][1:5] == ["2", "42.0", "36.0 ± 7.1", "72.9 (72.0)"]
     assert lines["SR3D"][1:5] == ["0", "-", "-", "74.0 (73.2)"]
-    assert lines["TR3D"][-2:] == ["0.360 ± 0.071", "0.650 ± 0.071"]
+    assert table.columns[-4:] == ["AIC", "score", "IoU", "PCE"]
+    assert lines["TR3D"][-4:] == ["0.360 ± 0.071", "0.250 ± 0.071", "-", "0.650 ± 0.071"]
     assert table.data[-2]["mAP@0.25"]["num_tests"] == 6
     assert sr3d.cell(0).detector == "sr3d"
     for text in (as_text(table), as_markdown(table)):

@@ -172,12 +172,13 @@ def test_extreme_inputs_are_finite(variant):
             assert np.isfinite(gradient).all()
 
 
-def test_gap_between_score_and_quality():
-    logits, label, quality, gt_index = make_positives()
-    gap = np.asarray(ranking.score_quality_gap(logits, label, quality))
+def test_scores_of_labelled_classes():
+    logits, label, _, gt_index = make_positives()
+    scores = np.asarray(ranking.labelled_scores(logits, label))
     row, anchor = np.argwhere(gt_index >= 0)[3]
-    score = oracle.sigmoid(logits[row, anchor, label[row, anchor]])
-    assert gap[row, anchor] == pytest.approx(abs(score - quality[row, anchor]), abs=1e-6)
+    assert scores[row, anchor] == pytest.approx(
+        oracle.sigmoid(logits[row, anchor, label[row, anchor]]), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["rdl_variant", "rank_normalizer", "score_group"])

@@ -385,7 +385,8 @@ def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | Non
       (scalar total, dict of scalar terms). total = class + box: the classification loss summed over anchors and classes and
       divided by the number of positives, and the mean DIoU loss of positives. Besides: "quality", the mean IoU of
       positives; "aic", the mean |score - IoU| of positives (SR3D's average inconsistency coefficient), and "aic_top_k", the
-      same of the anchors that TR3D's assigner would choose, so that methods with different assigners can be compared;
+      same of the anchors that TR3D's assigner would choose, so that methods with different assigners can be compared, and
+      "score_top_k" and "quality_top_k", the mean score and the mean IoU of these;
       "positives" per box; "missed", the share of boxes without any positive.
 
     Raises:
@@ -419,16 +420,17 @@ def loss(output: DetectorOutput, scene: Scene, config: Any, axis_name: str | Non
     total = terms["class"] + terms["box"]
     real = boxes.mask & scene.mask[:, None]
     per_box = count_positives(assignment.gt_index, boxes.mask.shape[1])
-    gap = ranking.score_quality_gap(head.class_logits, label, assignment.quality)
+    score = ranking.labelled_scores(head.class_logits, label)
     common = assign_targets(head, scene, config, "top_k")
-    common_label = jnp.where(
-        common.gt_index >= 0, gather_rows(boxes.label, jnp.maximum(common.gt_index, 0)), -1
-    )
-    common_gap = ranking.score_quality_gap(head.class_logits, common_label, common.quality)
+    in_common = common.gt_index >= 0
+    common_label = jnp.where(in_common, gather_rows(boxes.label, jnp.maximum(common.gt_index, 0)), -1)
+    common_score = ranking.labelled_scores(head.class_logits, common_label)
     terms |= {
         "quality": mean(assignment.quality, positive),
-        "aic": mean(gap, positive),
-        "aic_top_k": mean(common_gap, common.gt_index >= 0),
+        "aic": mean(jnp.abs(score - assignment.quality), positive),
+        "aic_top_k": mean(jnp.abs(common_score - common.quality), in_common),
+        "score_top_k": mean(common_score, in_common),
+        "quality_top_k": mean(common.quality, in_common),
         "positives": mean(per_box, real),
         "missed": mean((per_box == 0).astype(jnp.float32), real),
     }

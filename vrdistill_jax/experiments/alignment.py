@@ -19,7 +19,7 @@ from vrdistill_jax.structs import DetectorOutput, Scene
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 
 DETECTORS = ("tr3d", "sr3d")  # whose decoding reads the class logits of all anchors and nothing else
-CURVES = {"aic": "train/aic", "aic_top_k": "train/aic_top_k"}  # by the name of the logged metric
+CURVES = ("aic", "aic_top_k", "score_top_k", "quality_top_k")  # of the logged metrics
 
 
 def analyse_alignment(workdir: str | pathlib.Path, split: str = "val") -> dict[str, Any]:
@@ -31,7 +31,8 @@ def analyse_alignment(workdir: str | pathlib.Path, split: str = "val") -> dict[s
 
     Returns:
       "aic", "aic_top_k": [[step, mean |score - IoU| of positives over the 50 steps before], ...] from the run's metrics, of
-        its own positives and of those that TR3D's assigner would choose;
+        its own positives and of those that TR3D's assigner would choose; "score_top_k", "quality_top_k": the same of the mean
+        score and the mean IoU of the latter;
       "consistency": what PredictionConsistency.compute returns, with the compared detections as "points";
       "case_study": AP with scores corrected by the ground truth, {"gt_ctr" or "gt_iou": {"mAP@0.25", "mAP@0.5"}}.
     """
@@ -91,4 +92,4 @@ def anchor_points(output: DetectorOutput) -> jax.Array:
 def read_curves(path: pathlib.Path) -> dict[str, list[list[float]]]:
     """The curves of CURVES from a run's metrics; empty ones where nothing was logged."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {name: inconsistency_curve(rows, key=key).round(5).tolist() for name, key in CURVES.items()}
+    return {name: inconsistency_curve(rows, key=f"train/{name}").round(5).tolist() for name in CURVES}

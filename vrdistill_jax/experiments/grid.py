@@ -81,7 +81,9 @@ class Cell(NamedTuple):
     @property
     def student_changes(self) -> tuple[tuple[str, Any], ...]:
         """Those of its changes that make another student, whoever teaches it: of its network or its training."""
-        return tuple(change for change in self.changes if not change[0].startswith(("distiller.", "teacher.")))
+        return tuple(
+            change for change in self.changes if not change[0].startswith(("distiller.", "teacher."))
+        )
 
     @property
     def name(self) -> str:

@@ -134,15 +134,19 @@ def _score_table(number: int, title: str, records: dict[Row, list[dict]], study:
     columns = ["model", "trainings"]
     for metric in METRICS:
         columns += [metric, "paper"] if number != 1 else [f"{metric} best", "mean", "paper: best (mean)"]
-    return Table(title, [*columns, "AIC", "PCE"], lines, _notes(records, number, oriented), data)
+    return Table(title, [*columns, *ALIGNMENT, "PCE"], lines, _notes(records, number, oriented), data)
+
+
+ALIGNMENT = {"AIC": "aic_top_k", "score": "score_top_k", "IoU": "quality_top_k"}  # columns and curves
 
 
 def _alignment_columns(records: list[dict]) -> list[str]:
-    """Inconsistency of the last 50 steps on TR3D's positives, and consistency error of the best detections."""
+    """Means of the last 50 steps on TR3D's positives, and consistency error of the best detections."""
     measured = [record["alignment"] for record in records if "alignment" in record]
-    aic = [each["aic_top_k"][-1][1] for each in measured if each["aic_top_k"]]
-    pce = [each["consistency"]["PCE"] for each in measured if each["consistency"]["PCE"] is not None]
-    return [_decimal(*mean_and_std(values)) for values in (aic, pce)]
+    # A record that is older than a curve does not have it.
+    columns = [[each[curve][-1][1] for each in measured if each.get(curve)] for curve in ALIGNMENT.values()]
+    columns += [[each["consistency"]["PCE"] for each in measured if each["consistency"]["PCE"] is not None]]
+    return [_decimal(*mean_and_std(values)) for values in columns]
 
 
 def _decimal(mean: float | None, std: float | None) -> str:
@@ -188,6 +192,7 @@ def _notes(records: dict[Row, list[dict]], number: int, oriented: bool) -> list[
     if number != 6:
         lines.append(
             "AIC: mean |score - IoU| over the last 50 steps of training, of the anchors that TR3D's assigner would choose; "
-            "PCE: the same of the 30 most certain detections of each class (smaller is better)."
+            "score, IoU: the means of both; PCE: |score - IoU| of the 30 most certain detections of each class. AIC and PCE "
+            "are better small."
         )
     return [*lines, f"Command: {every[0]['command']}"]

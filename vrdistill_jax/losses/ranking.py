@@ -215,12 +215,7 @@ def rank_aware_loss(
     return jnp.where(positive[..., None], jnp.where(labelled, blended, others), focal)
 
 
-def score_quality_gap(
-    logits: Float[Array, "b a k"], label: Int[Array, "b a"], quality: Float[Array, "b a"]
-) -> Float[Array, "b a"]:
-    """|score of the labelled class - IoU| per anchor; its mean over positives is the AIC, without gradients.
-
-    Source: SR3D, "Average Inconsistency Coefficient".
-    """
+def labelled_scores(logits: Float[Array, "b a k"], label: Int[Array, "b a"]) -> Float[Array, "b a"]:
+    """Score of the labelled class per anchor, in [0, 1], without gradients; of class 0 where the label is -1."""
     own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[..., None], -1)[..., 0]
-    return jax.lax.stop_gradient(jnp.abs(jax.nn.sigmoid(own) - quality))
+    return jax.lax.stop_gradient(jax.nn.sigmoid(own))
