@@ -72,6 +72,7 @@ class Cell(NamedTuple):
     changes: tuple[tuple[str, Any], ...] = ()  # dotted config entries and their values
     detector: str = VOTENET  # of recipes.DETECTOR_RECIPES
     teacher: str = ""  # the teacher's detector; "" for the same
+    teacher_changes: tuple[tuple[str, Any], ...] = ()  # config entries of the teacher's run
 
     @property
     def detector_changes(self) -> tuple[tuple[str, Any], ...]:
@@ -95,6 +96,7 @@ class Cell(NamedTuple):
         if self.teacher not in ("", self.detector):
             words.append(f"from_{self.teacher}")
         words += [f"{key.rpartition('.')[2]}={value}" for key, value in self.changes]
+        words += [f"teacher_{key.rpartition('.')[2]}={value}" for key, value in self.teacher_changes]
         return "_".join([*words, f"seed{self.seed}"])
 
 
@@ -174,7 +176,7 @@ def teacher_of(cell: Cell) -> Cell:
     """The teacher of the same seed; a detector of the same kind has the student's changes."""
     detector = cell.teacher or cell.detector
     changes = cell.detector_changes if detector == cell.detector else ()
-    return Cell(TEACHER, cell.seed, (), changes, detector)
+    return Cell(TEACHER, cell.seed, (), changes + cell.teacher_changes, detector)
 
 
 def train_command(cell: Cell, study: Study) -> str:

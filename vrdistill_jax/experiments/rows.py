@@ -19,10 +19,13 @@ class Row(NamedTuple):
     paper: Score | None = None
     detector: str = VOTENET
     teacher: str = ""
+    teacher_changes: tuple[tuple[str, Any], ...] = ()
 
     def cell(self, seed: int) -> Cell:
         """The run with that seed."""
-        return Cell(self.width, seed, self.methods, self.changes, self.detector, self.teacher)
+        return Cell(
+            self.width, seed, self.methods, self.changes, self.detector, self.teacher, self.teacher_changes
+        )
 
 
 def find_rows(tables: Mapping[Any, tuple[str, list[Row]]], number: int | str) -> list[Row]:
