@@ -236,6 +236,13 @@ TABLES[READINGS] = (
             )
             for m in ("seed", "vrdistill")
         ),
+        Row(
+            "VRDistill; twice the steps; eta = 10",
+            "half",
+            ("vrdistill",),
+            (*TWICE_THE_STEPS, (f"{VRDISTILL}.eta", 10.0)),
+            teacher_changes=TWICE_THE_STEPS,
+        ),
         *(
             Row(f"{METHOD_NAMES[m]}; twice the steps; teacher as before", "half", (m,), TWICE_THE_STEPS)
             for m in ("seed", "vrdistill")
