@@ -7,7 +7,7 @@ from oracles import boxes as oracle
 from vrdistill_jax.evaluation.consistency import (
     PredictionConsistency,
     average_inconsistency,
-    inconsistency_curve,
+    training_curve,
 )
 from vrdistill_jax.structs import Detections, pad_boxes
 
@@ -96,9 +96,9 @@ def test_average_inconsistency():
 
 def test_curve_averages_spans_of_steps():
     rows = [{"step": step, "aic": step / 100} for step in range(1, 101)] + [{"step": 100, "mAP": 1.0}]
-    curve = inconsistency_curve(rows, every=50)
+    curve = training_curve(rows, every=50)
     np.testing.assert_allclose(curve, [[50, 0.255], [100, 0.755]])
-    assert inconsistency_curve([]).shape == (0, 2)
+    assert training_curve([]).shape == (0, 2)
 
 
 def test_impossible_top_is_refused():

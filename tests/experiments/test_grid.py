@@ -108,6 +108,16 @@ def test_every_distilled_line_has_its_student_alone():
         assert {_student_of(row) for row in table_rows(number) if row.methods} <= alone
 
 
+def test_a_teacher_may_have_been_trained_otherwise():
+    rows = {row.label: row for row in table_rows(READINGS) if "twice" in row.label}
+    longer, as_before = (rows[f"VRDistill; twice the steps{end}"] for end in ("", "; teacher as before"))
+    assert teacher_of(longer.cell(0)) == rows["Teacher; twice the steps"].cell(0)
+    assert teacher_of(as_before.cell(0)) == Cell("teacher", 0)
+    # Gains are over the student that was trained as long, whatever its teacher.
+    assert _student_of(longer) == _student_of(as_before) == _student_of(rows["Student; twice the steps"])
+    assert _student_of(longer) != _student_of(longer._replace(changes=()))
+
+
 def test_a_run_that_is_older_than_an_entry_is_analysed(done, cells, monkeypatch):
     load = analysis.load_inference_checkpoint
 

@@ -29,16 +29,16 @@ def average_inconsistency(score: Array, quality: Array) -> float:
     return float(gap.mean()) if gap.size else float("nan")
 
 
-def inconsistency_curve(rows: Iterable[Mapping[str, Any]], every: int = 50, key: str = "aic") -> np.ndarray:
-    """The coefficient over training, from the rows of a run's metrics.
+def training_curve(rows: Iterable[Mapping[str, Any]], every: int = 50, key: str = "aic") -> np.ndarray:
+    """A logged mean, such as the coefficient, over training, from the rows of a run's metrics.
 
     Args:
       rows: with "step" and `key`; others are passed over.
       every: steps that are averaged into one point.
-      key: name of the logged coefficient.
+      key: its name in the log.
 
     Returns:
-      f64[n, 2] last step of each span, mean coefficient.
+      f64[n, 2] last step of each span, mean.
     """
     spans: dict[int, list[float]] = {}
     for row in rows:

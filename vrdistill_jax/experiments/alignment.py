@@ -14,7 +14,7 @@ from vrdistill_jax.data.sources import open_source
 from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.evaluation.average_precision import AveragePrecision
 from vrdistill_jax.evaluation.case_study import CORRECTIONS, correct_scores
-from vrdistill_jax.evaluation.consistency import PredictionConsistency, inconsistency_curve
+from vrdistill_jax.evaluation.consistency import PredictionConsistency, training_curve
 from vrdistill_jax.structs import DetectorOutput, Scene
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 
@@ -92,4 +92,4 @@ def anchor_points(output: DetectorOutput) -> jax.Array:
 def read_curves(path: pathlib.Path) -> dict[str, list[list[float]]]:
     """The curves of CURVES from a run's metrics; empty ones where nothing was logged."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {name: inconsistency_curve(rows, key=f"train/{name}").round(5).tolist() for name in CURVES}
+    return {name: training_curve(rows, key=f"train/{name}").round(5).tolist() for name in CURVES}
