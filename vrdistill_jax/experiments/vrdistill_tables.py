@@ -210,6 +210,9 @@ TABLES[READINGS] = (
     + _ablation(
         ("VRDistill", {}, PAPER[1]["half"]["vrdistill"]),
         ("eta = 10", {"eta": 10.0}, None),
+        # Both bring a student's vote nearer to the one that it imitates.
+        ("all votes", {"vote_level": "vote"}, None),
+        ("coordinate_weight = 1", {"coordinate_weight": 1.0}, None),
     )
     + [
         # Their recipes' weights follow one rule (docs/distillation.md), with which both make students worse.
