@@ -46,6 +46,76 @@ def test_official_tensors_land_where_the_network_reads_them(dataset, heads, entr
     assert sums[0] == pytest.approx(sums[1], abs=1e-4)
 
 
+def mmdet3d_state(state, old_sampling=False):
+    """The same network as mmdetection3d would save it."""
+    joined, renamed = {}, {}
+    inner = {
+        "self_attn": "attentions.0.attn",
+        "multihead_attn": "attentions.1.attn",
+        "linear1": "ffns.0.layers.0.0",
+    }
+    inner |= {"linear2": "ffns.0.layers.1", "norm1": "norms.0", "norm2": "norms.1", "norm3": "norms.2"}
+    for name, value in state.items():
+        module, *rest = name.split(".")
+        if module == "backbone_net":
+            folder, n = rest[0][:2].upper(), int(rest[0][2]) - 1
+            new = (
+                f"backbone.{folder}_modules.{n}.mlps"
+                + (".0." if folder == "SA" else ".")
+                + ".".join(rest[2:])
+            )
+            new = new.replace(".bn.bn.", ".bn.")
+        elif module == "points_obj_cls" and not old_sampling:
+            new = f"bbox_head.points_obj_cls.mlp.layer{int(rest[0][-1]) - 1}.{rest[0][:-1]}.{rest[1]}"
+        elif module == "decoder" and "posembed" in rest[1]:
+            continue  # there under its other name, too
+        elif module == "decoder":
+            new = ".".join(["bbox_head.decoder_layers", rest[0], inner[rest[1]], *rest[2:]])
+        elif module in ("proposal_head", "prediction_heads"):
+            head = "bbox_head.conv_pred" if module == "proposal_head" else f"bbox_head.{module}.{rest.pop(0)}"
+            if rest[0].endswith("_head"):
+                joined.setdefault(head, {})[(rest[0], rest[1])] = value
+                continue
+            new = f"{head}.shared_convs.layer{int(rest[0][-1]) - 1}.{rest[0][:-1]}.{rest[1]}"
+        else:
+            new = f"bbox_head.{name}"
+        renamed[new] = value
+    sizes = [("size_class_head", "size_residual_head"), ("size_pred_head",)]
+    for head, parts in joined.items():
+        for leaf in ("weight", "bias"):
+            kind = sizes[("size_pred_head", leaf) in parts]
+            boxes = ("center_residual_head", "heading_class_head", "heading_residual_head", *kind)
+            for layer, names in (
+                ("conv_cls", ("objectness_scores_head", "sem_cls_scores_head")),
+                ("conv_reg", boxes),
+            ):
+                renamed[f"{head}.{layer}.{leaf}"] = np.concatenate([parts[n, leaf] for n in names])
+    return renamed
+
+
+@pytest.mark.parametrize("old_sampling", [False, True])
+@pytest.mark.parametrize("by_class", [True, False])
+def test_mmdet3d_is_the_same_network(old_sampling, by_class):
+    state = make_state(18, 1, by_class, layers=2, **QUARTER)
+    theirs = {"meta": {}, "state_dict": mmdet3d_state(state, old_sampling)}
+    assert not any(name in state for name in theirs["state_dict"])
+    (expected, config), (got, found) = (variables_from_groupfree3d(s, "scannet") for s in (state, theirs))
+    assert found == config
+    expected, got = flatten(expected), flatten(got)
+    assert got.keys() == expected.keys()
+    for name in got:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+
+
+def test_mmdet3d_has_it_for_scannet_only():
+    theirs = mmdet3d_state(make_state(*SCANNET, layers=1, **QUARTER))
+    with pytest.raises(ValueError, match="ScanNet only; check --dataset"):
+        variables_from_groupfree3d(theirs, "sunrgbd")
+    theirs["bbox_head.conv_pred.conv_cls.bias"] = np.zeros(11, np.float32)
+    with pytest.raises(ValueError, match=r"conv_cls.bias has shape \(11,\); expected 19 channels"):
+        variables_from_groupfree3d(theirs, "scannet")
+
+
 @pytest.mark.parametrize(("dataset", "heads", "features"), [("scannet", SCANNET, 0), ("sunrgbd", SUNRGBD, 1)])
 def test_the_network_gives_the_numbers_of_a_numpy_twin(dataset, heads, features):
     state = make_state(*heads, features=features, width=0.25, seed=1)

@@ -47,6 +47,82 @@ def test_official_tensors_land_where_the_network_reads_them(dataset, towers, sca
     assert count_parameters(variables["params"]) == parameters
 
 
+MMDET3D_PARTS = {
+    "vgen": "rpn_head.vote_module", "vgen_z": "roi_head.primitive_z.vote_module",
+    "vgen_xy": "roi_head.primitive_xy.vote_module", "vgen_line": "roi_head.primitive_line.vote_module",
+    "pnet_z": "roi_head.primitive_z", "pnet_xy": "roi_head.primitive_xy", "pnet_line": "roi_head.primitive_line",
+    "match_surface_center": "roi_head.bbox_head.surface_center_matcher.mlps.0",
+    "match_line_center": "roi_head.bbox_head.line_center_matcher.mlps.0",
+}  # fmt: skip
+MMDET3D_LAYERS = {"match": "matching", "match_sem": "semantic_matching"}
+
+
+def mmdet3d_name(name):
+    """The name that mmdetection3d has for a tensor of the official repository, but for the two joined layers."""
+    module, *rest = name.replace(".bn.bn.", ".bn.").split(".")
+    leaf = ".".join(rest)
+    kind, _, layer = module.partition("_")
+    if module.startswith("backbone_net"):
+        part, n = rest[0][:2], int(rest[0][2]) - 1
+        folder = f"SA_modules.{n}.mlps.0" if part == "sa" else f"FP_modules.{n}.mlps"
+        return f"backbone.backbone_list.{int(module[-1]) - 1}.{folder}." + ".".join(rest[2:])
+    if layer.startswith("agg"):
+        return f"backbone.aggregation_layers.layer{int(layer[-1]) - 1}.{kind}.{leaf}"
+    if layer.startswith("flag"):
+        flag = f"roi_head.primitive_{layer.split('_')[1][:-1]}.flag"
+        return f"{flag}_pred.{leaf}" if layer.endswith("2") else f"{flag}_conv.{kind}.{leaf}"
+    if rest[0] == "vote_aggregation":
+        head = "rpn_head" if module == "pnet_final" else MMDET3D_PARTS[module]
+        return f"{head}.vote_aggregation.mlps.0." + ".".join(rest[2:])
+    if rest[0] in MMDET3D_PARTS:
+        return f"{MMDET3D_PARTS[rest[0]]}." + ".".join(rest[2:])
+    kind, _, layer = rest[0].partition("_")
+    head, last = "roi_head.bbox_head", rest[1]
+    if layer.startswith("match"):
+        theirs = f"{head}.{MMDET3D_LAYERS[layer[:-1]]}"
+        return f"{theirs}_pred.{last}" if layer.endswith("2") else f"{theirs}_conv.{kind}.{last}"
+    if layer == "refine4":
+        return f"{head}.bbox_pred.3.{last}"
+    if layer:
+        list_of = {
+            "refine": "bbox_pred",
+            "surface": "surface_feats_aggregation",
+            "line": "line_feats_aggregation",
+        }
+        return f"{head}.{list_of[layer[:-1]]}.{int(layer[-1]) - 1}.{kind}.{last}"
+    n = int(kind[-1]) - 1
+    if module.startswith("vgen"):
+        theirs = MMDET3D_PARTS[module]
+        return f"{theirs}.conv_out.{last}" if n == 2 else f"{theirs}.vote_conv.{n}.{kind[:-1]}.{last}"
+    if module == "pnet_final":
+        return f"rpn_head.conv_pred.shared_convs.layer{n}.{kind[:-1]}.{last}"
+    theirs = f"{MMDET3D_PARTS[module]}.conv_pred"
+    return f"{theirs}.conv_out.{last}" if n == 2 else f"{theirs}.{n}.{kind[:-1]}.{last}"
+
+
+def test_mmdet3d_is_the_same_network():
+    state = make_state(*HEADS["scannet"])
+    renamed = {mmdet3d_name(name): value for name, value in state.items() if "pnet_final.conv3" not in name}
+    for leaf in ("weight", "bias"):  # theirs: objectness, classes, box
+        rows, refined = state[f"pnet_final.conv3.{leaf}"], state[f"pnet_final.conv_refine4.{leaf}"]
+        renamed[f"rpn_head.conv_pred.conv_cls.{leaf}"] = np.concatenate([rows[:2], rows[-18:]])
+        renamed[f"rpn_head.conv_pred.conv_reg.{leaf}"] = rows[2:-18]
+        theirs = np.concatenate([refined[:2], refined[-18:], refined[2:-18]])
+        renamed[f"roi_head.bbox_head.bbox_pred.3.{leaf}"] = theirs
+    assert len(renamed) == len(state) + 2
+    assert not set(renamed) & set(state)
+    (expected, config), (got, found) = (
+        variables_from_h3dnet(s, "scannet") for s in (state, {"state_dict": renamed, "meta": {}})
+    )
+    assert found == config
+    expected, got = flatten(expected), flatten(got)
+    assert got.keys() == expected.keys()
+    for name in got:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    with pytest.raises(ValueError, match="ScanNet only"):
+        variables_from_h3dnet(renamed, "sunrgbd")
+
+
 @pytest.mark.parametrize(("dataset", "towers"), [("scannet", 4), ("sunrgbd", 1)])
 def test_the_network_gives_the_numbers_of_a_numpy_twin(dataset, towers):
     state = make_state(*HEADS[dataset], towers=towers, seed=1)

@@ -1,6 +1,6 @@
-"""Group-Free-3D checkpoints of the official repository -> our variables.
+"""Group-Free-3D checkpoints of the official repository and of mmdetection3d -> our variables.
 
-Source: the layout of Group-Free-3D's checkpoints (train_dist.py).
+Source: the layouts of Group-Free-3D's checkpoints (train_dist.py) and of mmdetection3d's GroupFree3DNet.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vrdistill_jax.detectors import groupfree3d
+from vrdistill_jax.interop.mmdet3d_names import (
+    conv_module,
+    point_backbone,
+    split_outputs,
+    to_official_names,
+)
 from vrdistill_jax.interop.name_map import (
     INPUT_FEATURES,
     Rule,
@@ -30,7 +36,7 @@ from vrdistill_jax.interop.torch_three_detr import (
 from vrdistill_jax.interop.torch_votenet import official_rules as votenet_rules
 from vrdistill_jax.interop.torch_votenet import votenet_config
 
-CONTAINERS = ("model",)
+CONTAINERS = ("model", "state_dict")
 _HEADS = {
     "objectness_scores_head": "objectness_out",
     "center_residual_head": "center_out",
@@ -42,6 +48,21 @@ _SIZES_BY_CLASS = {"size_class_head": "size_class_out", "size_residual_head": "s
 _SIZES = {"size_pred_head": "size_out"}
 # Their decoder layers and a list of their own hold the same position embeddings: name in the layer -> name of the list.
 _ALIASES = {"self_posembed": "decoder_self_posembeds", "cross_posembed": "decoder_cross_posembeds"}
+_LAYER = "bbox_head.decoder_layers.#"
+MMDET3D_NAMES = (
+    point_backbone()
+    | conv_module("bbox_head.points_obj_cls.mlp.layer#+", "points_obj_cls.@{}")
+    | conv_module("bbox_head.conv_pred.shared_convs.layer#+", "proposal_head.@{}")
+    | conv_module("bbox_head.prediction_heads.#.shared_convs.layer#+", "prediction_heads.{}.@{}")
+    | {
+        f"{_LAYER}.attentions.0.attn.": "decoder.{}.self_attn.",
+        f"{_LAYER}.attentions.1.attn.": "decoder.{}.multihead_attn.",
+        f"{_LAYER}.ffns.0.layers.0.0.": "decoder.{}.linear1.",
+        f"{_LAYER}.ffns.0.layers.1.": "decoder.{}.linear2.",
+        f"{_LAYER}.norms.#+.": "decoder.{}.norm{}.",
+        "bbox_head.": "",  # projections, position embeddings, outputs
+    }
+)
 # Entries of the training script's options -> entries of our config, and the largest value that makes sense.
 _COUNTS = {
     "num_target": ("num_proposals", 4096),
@@ -138,14 +159,43 @@ def drop_aliases(tensors: Tensors) -> dict[str, np.ndarray]:
     return kept
 
 
+def from_mmdet3d(tensors: Tensors, config: ConfigDict) -> dict[str, np.ndarray]:
+    """mmdetection3d's tensors under the official names, one output layer for each part of a box.
+
+    Args:
+      tensors: their state_dict.
+      config: of the dataset, ScanNet: there is no other of theirs.
+
+    Raises:
+      ValueError: for turned boxes, or output layers with other channels.
+    """
+    detector = config.detector
+    bins, sizes = detector.num_heading_bins, len(detector.mean_sizes)
+    if config.dataset.oriented:
+        raise ValueError("mmdetection3d has Group-Free-3D for ScanNet only; check --dataset")
+    classes = {"objectness_scores_head": 1, "sem_cls_scores_head": len(detector.class_names)}
+    boxes = {"center_residual_head": 3, "heading_class_head": bins, "heading_residual_head": bins}
+    by_class = {"size_class_head": sizes, "size_residual_head": 3 * sizes}
+    for name in [name for name in tensors if name.endswith(".conv_reg.bias")]:
+        theirs = name.removesuffix(".conv_reg.bias")
+        official = theirs.replace("bbox_head.conv_pred", "proposal_head", 1)
+        tensors = split_outputs(tensors, f"{theirs}.conv_cls", official, classes)
+        agnostic = np.size(tensors[name]) == sum(boxes.values()) + 3
+        parts = boxes | ({"size_pred_head": 3} if agnostic else by_class)
+        tensors = split_outputs(tensors, f"{theirs}.conv_reg", official, parts)
+    return to_official_names(tensors, MMDET3D_NAMES)
+
+
 def variables_from_groupfree3d(checkpoint: Any, dataset: str) -> tuple[Variables, ConfigDict]:
     """Maps a Group-Free-3D checkpoint and finds out which one it is.
 
     Widths, layers, sampling, kind of sizes and input features are read off the tensors; the number of proposals and the weights
-    of the loss off the training script's options, where the checkpoint has them (the published values where it does not).
+    of the loss off the training script's options, where the checkpoint has them (the published values where it does not:
+    mmdetection3d's model with 512 proposals needs config.detector.num_proposals=512).
 
     Args:
-      checkpoint: what read_torch_file returned: a state_dict, or a container of the official training script.
+      checkpoint: what read_torch_file returned: a state_dict, or a container of the official training script or of
+        mmdetection3d.
       dataset: "scannet" or "sunrgbd", on which it was trained.
 
     Returns:
@@ -156,7 +206,10 @@ def variables_from_groupfree3d(checkpoint: Any, dataset: str) -> tuple[Variables
     """
     config = groupfree3d_config(dataset)
     detector = config.detector
-    tensors = drop_aliases(find_state_dict(checkpoint, CONTAINERS))
+    tensors = find_state_dict(checkpoint, CONTAINERS)
+    if any(name.startswith("bbox_head.") for name in tensors):
+        tensors = from_mmdet3d(tensors, config)
+    tensors = drop_aliases(tensors)
     detector.decoder_layers = count_layers(tensors, "decoder.")
     detector.size_by_class = not any(name.startswith("proposal_head.size_pred_head.") for name in tensors)
     detector.sampling = "kps" if any(name.startswith("points_obj_cls.") for name in tensors) else "fps"

@@ -1,16 +1,28 @@
-"""H3DNet checkpoints of the official repository, with four towers or one -> our variables.
+"""H3DNet checkpoints of the official repository, with four towers or one, and of mmdetection3d -> our variables.
 
-Source: the layout of H3DNet's checkpoints (train.py and train_1bb.py).
+Source: the layouts of H3DNet's checkpoints (train.py and train_1bb.py) and of mmdetection3d's H3DNet. That one keeps its
+primitives in another order: where more of them than it reads are near a face or edge, it reads others.
 """
 
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from vrdistill_jax.detectors import h3dnet
+from vrdistill_jax.interop.mmdet3d_names import (
+    conv_module,
+    join_outputs,
+    point_backbone,
+    shared_mlp,
+    to_official_names,
+    vote_aggregation,
+    voting,
+)
 from vrdistill_jax.interop.name_map import (
     INPUT_FEATURES,
     Rule,
+    Tensors,
     Variables,
     dense_rules,
     find_state_dict,
@@ -20,8 +32,36 @@ from vrdistill_jax.interop.name_map import (
 )
 from vrdistill_jax.interop.torch_votenet import votenet_config
 
-CONTAINERS = ("model_state_dict",)
+CONTAINERS = ("model_state_dict", "state_dict")
 _SHARED: dict[str, Any] = {"conv": "layer{}.conv", "norm": "layer{}.bn.bn"}
+
+
+def _mmdet3d_names() -> dict[str, str]:
+    names = point_backbone("backbone.backbone_list.#+", "backbone_net{}")
+    names |= conv_module("backbone.aggregation_layers.layer#+", "@_agg{}")
+    names |= voting("rpn_head.vote_module", "vgen") | vote_aggregation("rpn_head", "pnet_final")
+    names |= conv_module("rpn_head.conv_pred.shared_convs.layer#+", "pnet_final.@{}")
+    names |= {"rpn_head.conv_pred.conv_out.": "pnet_final.conv3."}
+    for kind in h3dnet.KINDS:
+        head = f"roi_head.primitive_{kind}"
+        names |= conv_module(f"{head}.flag_conv", f"@_flag_{kind}1")
+        names |= {f"{head}.flag_pred.": f"conv_flag_{kind}2."}
+        names |= voting(f"{head}.vote_module", f"vgen_{kind}") | vote_aggregation(head, f"pnet_{kind}")
+        names |= conv_module(f"{head}.conv_pred.#+", f"pnet_{kind}.@{{}}")
+        names |= {f"{head}.conv_pred.conv_out.": f"pnet_{kind}.conv3."}
+    head, official = "roi_head.bbox_head", "pnet_final"
+    for kind in ("surface", "line"):
+        mlp = f"{official}.match_{kind}_center.mlp_module"
+        names |= shared_mlp(f"{head}.{kind}_center_matcher.mlps.0", mlp)
+        names |= conv_module(f"{head}.{kind}_feats_aggregation.#+", f"{official}.@_{kind}{{}}")
+    for theirs, kind in (("matching", "match"), ("semantic_matching", "match_sem")):
+        names |= conv_module(f"{head}.{theirs}_conv", f"{official}.@_{kind}1")
+        names |= {f"{head}.{theirs}_pred.": f"{official}.conv_{kind}2."}
+    names |= conv_module(f"{head}.bbox_pred.#+", f"{official}.@_refine{{}}")
+    return names | {f"{head}.bbox_pred.#+.": f"{official}.conv_refine{{}}."}
+
+
+MMDET3D_NAMES = _mmdet3d_names()
 
 
 def h3dnet_config(dataset: str) -> ConfigDict:
@@ -96,13 +136,30 @@ def _head_rules(theirs: str, aggregation: str, hidden: str, out: str) -> list[Ru
     return rules + dense_rules(f"{theirs}.conv3", out)
 
 
+def from_mmdet3d(tensors: Tensors, num_classes: int) -> dict[str, np.ndarray]:
+    """mmdetection3d's tensors under the official names, the channels of the output layers in the official order.
+
+    Args:
+      tensors: their state_dict.
+      num_classes: of the dataset.
+    """
+    tensors = join_outputs(tensors, "rpn_head.conv_pred")
+    first_of_box = 2 + num_classes
+    for name in [f"roi_head.bbox_head.bbox_pred.3.{leaf}" for leaf in ("weight", "bias")]:
+        if name in tensors:  # objectness, classes, box
+            objectness, classes, box = np.split(np.atleast_1d(tensors[name]), (2, first_of_box))
+            tensors[name] = np.concatenate([objectness, box, classes])
+    return to_official_names(tensors, MMDET3D_NAMES)
+
+
 def variables_from_h3dnet(checkpoint: Any, dataset: str) -> tuple[Variables, ConfigDict]:
     """Maps an H3DNet checkpoint and finds out which H3DNet it is.
 
     Towers, widths and input features are read off names and shapes.
 
     Args:
-      checkpoint: what read_torch_file returned: a state_dict, or a container of the official training script.
+      checkpoint: what read_torch_file returned: a state_dict, or a container of the official training script or of
+        mmdetection3d.
       dataset: "scannet" or "sunrgbd", on which it was trained.
 
     Returns:
@@ -113,6 +170,10 @@ def variables_from_h3dnet(checkpoint: Any, dataset: str) -> tuple[Variables, Con
     """
     config = h3dnet_config(dataset)
     tensors = find_state_dict(checkpoint, CONTAINERS)
+    if any(name.startswith("roi_head.") for name in tensors):
+        if config.dataset.oriented:
+            raise ValueError("mmdetection3d has H3DNet for ScanNet only; check --dataset")
+        tensors = from_mmdet3d(tensors, len(config.detector.class_names))
     # Whatever else a checkpoint is missing, map_tensors says.
     config.detector.num_towers = 4 if any(name.startswith("backbone_net2.") for name in tensors) else 1
     variables = map_tensors(tensors, official_rules(config.detector.num_towers))

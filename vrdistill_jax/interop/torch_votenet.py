@@ -6,7 +6,6 @@ since 0.6.
 
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from vrdistill_jax.data.class_tables import (
@@ -16,10 +15,18 @@ from vrdistill_jax.data.class_tables import (
     SUNRGBD_MEAN_SIZES,
 )
 from vrdistill_jax.detectors import votenet
+from vrdistill_jax.interop.mmdet3d_names import (
+    conv_module,
+    join_outputs,
+    mirror_heading,
+    point_backbone,
+    to_official_names,
+    vote_aggregation,
+    voting,
+)
 from vrdistill_jax.interop.name_map import (
     INPUT_FEATURES,
     Rule,
-    Tensors,
     Variables,
     dense_rules,
     find_state_dict,
@@ -33,6 +40,15 @@ _DATASETS = {
     "scannet": (SCANNET_CLASSES, SCANNET_MEAN_SIZES, False, 40000),
     "sunrgbd": (SUNRGBD_CLASSES, SUNRGBD_MEAN_SIZES, True, 20000),
 }
+
+MMDET3D_NAMES = (
+    point_backbone()
+    | voting("bbox_head.vote_module", "vgen")
+    | vote_aggregation("bbox_head", "pnet")
+    | conv_module("bbox_head.conv_pred.shared_convs.layer#+", "pnet.@{}")
+    | conv_module("bbox_head.conv_pred.#+", "pnet.@{}")  # before 0.6
+    | {"bbox_head.conv_pred.conv_out.": "pnet.conv3."}
+)
 
 
 def votenet_config(dataset: str) -> ConfigDict:
@@ -78,71 +94,6 @@ def official_rules() -> list[Rule]:
     return rules + dense_rules("pnet.conv3", "proposal_out")
 
 
-def mmdet3d_rules(shared: str = "shared_convs.layer", out: str = "conv_out") -> list[Rule]:
-    """mmdetection3d's names; its two output layers are to be joined first, see `join_mmdet3d_head`."""
-    rules = []
-    for n in range(4):
-        rules += mlp_rules(
-            f"backbone.SA_modules.{n}.mlps.0", f"backbone/sa{n + 1}/mlp", 3, "layer{}.conv", "layer{}.bn"
-        )
-    for n in range(2):
-        rules += mlp_rules(
-            f"backbone.FP_modules.{n}.mlps", f"backbone/fp{n + 1}/mlp", 2, "layer{}.conv", "layer{}.bn"
-        )
-    vote = "bbox_head.vote_module"
-    rules += mlp_rules(f"{vote}.vote_conv", "voting", 2, "{}.conv", "{}.bn", bias=True)
-    rules += dense_rules(f"{vote}.conv_out", "voting_out")
-    rules += mlp_rules(
-        "bbox_head.vote_aggregation.mlps.0", "aggregation/mlp", 3, "layer{}.conv", "layer{}.bn"
-    )
-    head = "bbox_head.conv_pred"
-    rules += mlp_rules(head, "proposal", 2, shared + "{}.conv", shared + "{}.bn", bias=True)
-    return rules + dense_rules(f"{head}.{out}", "proposal_out")
-
-
-def join_mmdet3d_head(
-    tensors: Tensors, num_heading_bins: int, counterclockwise: bool = True
-) -> dict[str, np.ndarray]:
-    """Joins mmdetection3d's two output layers into one with the channels in the official order.
-
-    conv_cls is [objectness 2 | class], conv_reg is [centre 3 | heading class | heading residual | size class
-    | size residual]; the official layer is conv_cls[:2], conv_reg, conv_cls[2:]. Since version 1.0
-    mmdetection3d's yaw is counter-clockwise and the reference's heading clockwise: bin b becomes (-b) mod H
-    and residuals change sign.
-
-    Args:
-      tensors: their state_dict.
-      num_heading_bins: H.
-      counterclockwise: False for checkpoints of versions before 1.0, whose heading is the official one.
-
-    Returns:
-      The state_dict with conv_pred.conv_out instead of the two layers.
-    """
-    head = "bbox_head.conv_pred"
-    tensors = dict(tensors)
-    for leaf in ("weight", "bias"):
-        names = [
-            f"{head}.{layer}.{leaf}"
-            for layer in ("conv_cls", "conv_reg")
-            if f"{head}.{layer}.{leaf}" in tensors
-        ]
-        if len(names) == 2:
-            classes, boxes = (np.asarray(tensors.pop(name)) for name in names)
-            tensors[f"{head}.conv_out.{leaf}"] = np.concatenate([classes[:2], boxes, classes[2:]])
-    if counterclockwise:
-        mirror = -np.arange(num_heading_bins) % num_heading_bins
-        for leaf in ("weight", "bias"):
-            name = f"{head}.conv_out.{leaf}"
-            if name not in tensors:
-                continue
-            out = np.array(tensors[name])
-            first, end = 5 + num_heading_bins, 5 + 2 * num_heading_bins
-            out[5:first] = out[5:first][mirror]
-            out[first:end] = -out[first:end][mirror]
-            tensors[name] = out
-    return tensors
-
-
 def variables_from_votenet(checkpoint: Any, dataset: str) -> tuple[Variables, ConfigDict]:
     """Maps a VoteNet checkpoint and finds out which VoteNet it is.
 
@@ -162,12 +113,13 @@ def variables_from_votenet(checkpoint: Any, dataset: str) -> tuple[Variables, Co
     config = votenet_config(dataset)
     tensors = find_state_dict(checkpoint, CONTAINERS)
     if any(name.startswith("bbox_head.") for name in tensors):
-        separate = any(name.startswith("bbox_head.conv_pred.conv_cls.") for name in tensors)
-        if separate:
-            tensors = join_mmdet3d_head(tensors, config.detector.num_heading_bins)
-        variables = map_tensors(tensors, mmdet3d_rules("shared_convs.layer" if separate else ""))
-    else:
-        variables = map_tensors(tensors, official_rules())
+        if any(name.startswith("bbox_head.conv_pred.conv_cls.") for name in tensors):  # since 0.6
+            tensors = join_outputs(tensors, "bbox_head.conv_pred")
+            tensors = mirror_heading(
+                tensors, "bbox_head.conv_pred.conv_out", config.detector.num_heading_bins
+            )
+        tensors = to_official_names(tensors, MMDET3D_NAMES)
+    variables = map_tensors(tensors, official_rules())
     return variables, configure_from_shapes(variables, config)
 
 
