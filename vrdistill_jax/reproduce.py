@@ -1,7 +1,7 @@
 """Makes a table of a paper: runs what is missing of it, then prints it beside the paper's numbers. Draws its figures, too.
 
     python -m vrdistill_jax.reproduce --table=1
-    python -m vrdistill_jax.reproduce --table=1 --seeds=1 --rows=Student,VRDistill
+    python -m vrdistill_jax.reproduce --table=1 --seeds=1 --rows=Student,VRDistill@half
     python -m vrdistill_jax.reproduce --table=3 --dataset=scannet --data_dir=datasets --budget=full
     python -m vrdistill_jax.reproduce --table=7 --render_only
     python -m vrdistill_jax.reproduce --table=cross_family
@@ -38,16 +38,21 @@ PAPERS = {"vrdistill": vrdistill_tables, "sr3d": sr3d_tables}
 def choose_rows(rows: list[Row], wanted: list[str]) -> list[Row]:
     """The rows with these labels; all if none are named.
 
+    Args:
+      rows: of the table.
+      wanted: labels, or label@width ("teacher", "half", "quarter") where rows of several widths have one label.
+
     Raises:
-      ValueError: for a label that the table does not have.
+      ValueError: for a row that the table does not have.
     """
-    known = list(dict.fromkeys(row.label for row in rows))
-    unknown = [label for label in wanted if label not in known]
+    names = [{row.label, f"{row.label}@{row.width}"} for row in rows]
+    unknown = set(wanted).difference(*names)
     if unknown:
+        known = ", ".join(dict.fromkeys(row.label for row in rows))
         raise ValueError(
-            f"--rows names {unknown[0]!r}; this table has {', '.join(known) or 'nothing to train'}"
+            f"--rows names {min(unknown)!r}; this table has {known or 'nothing to train'} (one width only: LABEL@half)"
         )
-    return [row for row in rows if not wanted or row.label in wanted]
+    return [row for row, own in zip(rows, names, strict=True) if not wanted or own & set(wanted)]
 
 
 def figure_runs(number: int, study: Study) -> dict[str, pathlib.Path]:
@@ -91,7 +96,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "budget", "small", list(BUDGETS), "small: minutes a run on two CPU cores; full: as published."
     )
-    flags.DEFINE_list("rows", [], "Only these rows (their labels); default all.")
+    flags.DEFINE_list("rows", [], "Only these rows (their labels, or LABEL@half and the like); default all.")
     flags.DEFINE_bool("render_only", False, "Run nothing; make the table of what is there.")
     flags.DEFINE_string("workdir", "runs/reproduce", "Where the training runs are kept.")
     flags.DEFINE_string("results", None, "Where the JSON files and the tables go; default results/PAPER.")

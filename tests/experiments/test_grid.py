@@ -220,6 +220,15 @@ def test_published_records_are_found_done(tmp_path):
         grid.check_record(cell, published)
 
 
+def test_rows_of_one_width_can_be_chosen():
+    rows = choose_rows(table_rows(1), ["VRDistill@quarter", "Student"])
+    assert [(row.label, row.width) for row in rows] == [
+        ("Student", "half"), ("Student", "quarter"), ("VRDistill", "quarter")
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="names 'Teacher@half'"):
+        choose_rows(table_rows(1), ["Teacher@half"])
+
+
 def test_unknown_rows_and_tables_are_named():
     with pytest.raises(ValueError, match="Vrdistil"):
         choose_rows(table_rows(1), ["Vrdistil"])
