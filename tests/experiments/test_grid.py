@@ -49,9 +49,15 @@ def test_nothing_is_run_twice(done, cells, monkeypatch):
     assert done.read(cells[0])["command"] == "the command"
 
 
-def test_a_teacher_without_a_checkpoint_is_trained_again(done, cells, tmp_path, monkeypatch):
-    """Records travel with the repository, checkpoints do not."""
+@pytest.mark.parametrize("stopped_at", [None, 1])
+def test_a_teacher_without_its_last_checkpoint_is_trained_again(
+    done, cells, tmp_path, monkeypatch, stopped_at
+):
+    """Records travel with the repository, checkpoints do not; and that training may have been stopped."""
     elsewhere = done._replace(workdir=tmp_path / "runs")
+    assert grid.is_trained(teacher_of(cells[1]), done)
+    if stopped_at:
+        (elsewhere.folder(teacher_of(cells[1])) / "checkpoints" / str(stopped_at)).mkdir(parents=True)
     started = []
 
     def train(config, folder):

@@ -222,8 +222,12 @@ def run_cells(cells: list[Cell], study: Study, command: str) -> list[Cell]:
 
 
 def is_trained(cell: Cell, study: Study) -> bool:
-    """Whether a run is done and its checkpoint still there."""
-    return study.record_path(cell).exists() and (study.folder(cell) / "checkpoints").is_dir()
+    """Whether a run is done and the checkpoint of its last step still there."""
+    record = study.read(cell)
+    if record is None:
+        return False
+    # Also of a run that has a record: it may be trained again at the moment, or have been stopped while it was.
+    return (study.folder(cell) / "checkpoints" / str(record["config"]["train"]["num_steps"])).is_dir()
 
 
 def check_record(cell: Cell, study: Study) -> None:
