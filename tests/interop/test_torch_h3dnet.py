@@ -119,6 +119,15 @@ def test_mmdet3d_is_the_same_network():
     assert got.keys() == expected.keys()
     for name in got:
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+    before_0_6 = {
+        name.replace("conv_pred.shared_convs.layer", "conv_pred."): value for name, value in renamed.items()
+    }
+    for leaf in ("weight", "bias"):
+        for layer in ("conv_cls", "conv_reg"):
+            del before_0_6[f"rpn_head.conv_pred.{layer}.{leaf}"]
+        before_0_6[f"rpn_head.conv_pred.conv_out.{leaf}"] = state[f"pnet_final.conv3.{leaf}"]
+    got = flatten(variables_from_h3dnet(before_0_6, "scannet")[0])
+    assert all((got[name] == expected[name]).all() for name in expected)
     with pytest.raises(ValueError, match="ScanNet only"):
         variables_from_h3dnet(renamed, "sunrgbd")
 

@@ -41,6 +41,7 @@ def _mmdet3d_names() -> dict[str, str]:
     names |= conv_module("backbone.aggregation_layers.layer#+", "@_agg{}")
     names |= voting("rpn_head.vote_module", "vgen") | vote_aggregation("rpn_head", "pnet_final")
     names |= conv_module("rpn_head.conv_pred.shared_convs.layer#+", "pnet_final.@{}")
+    names |= conv_module("rpn_head.conv_pred.#+", "pnet_final.@{}")  # before 0.6
     names |= {"rpn_head.conv_pred.conv_out.": "pnet_final.conv3."}
     for kind in h3dnet.KINDS:
         head = f"roi_head.primitive_{kind}"
