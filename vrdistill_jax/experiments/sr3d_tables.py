@@ -61,8 +61,8 @@ TABLES: dict[int, tuple[str, list[Row]]] = {
             _variant("RAS", "ras", (72.5, 57.7)),
             _SR3D._replace(label="both"),
             # The reading of equation 6 that teaches most (docs/sr3d.md).
-            _changed("RAS (RDL rank_neg)", {"assigner": "top_k", "ras.rdl_variant": "rank_neg"}),
-            _changed("both (RDL rank_neg)", {"ras.rdl_variant": "rank_neg"}),
+            _changed("RAS (RDL rank_pos)", {"assigner": "top_k", "ras.rdl_variant": "rank_pos"}),
+            _changed("both (RDL rank_pos)", {"ras.rdl_variant": "rank_pos"}),
         ],
     ),
     3: (
