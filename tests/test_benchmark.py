@@ -175,6 +175,12 @@ def test_suite_sparse_times_tr3d_from_cloud_to_head():
     assert total > 0.5 * parts
 
 
+def test_suite_attention_sets_our_drawing_beside_that_of_jax():
+    rows = stages(benchmark.benchmark(("attention",), QUICK), "attention")
+    assert len(rows) == 4
+    assert rows["draw_kept"]["min_ms"] < rows["jax.random.bernoulli"]["min_ms"]
+
+
 def test_clouds_too_small_for_a_case_are_skipped():
     record = Recorder(Effort(seconds=0, min_calls=1, max_calls=1), say=lambda line: None)
     sparse.run(record, cases.room_cloud(400))

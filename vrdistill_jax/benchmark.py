@@ -6,8 +6,9 @@
 Suites: pyramid (sampling and neighbour search, host and device), votenet (cloud to boxes at batch 1, three widths),
 train_step (configs/synthrooms.py, batch 8), distill_step (VRDistill's step beside the teacher's forward pass and the plain
 step, timed in turn), peers (the same work by torch, scipy and fpsample, where installed). Only on request: loader (from a
-stored scene to the network's input), sparse (TR3D, and single sparse convolutions beside spconv), train_step_full (train_step
-at VoteNet's published size). Needs no download: it measures on procedural rooms; --cloud=FILE gives sparse a scan of yours.
+stored scene to the network's input), sparse (TR3D, and single sparse convolutions beside spconv), attention (what dropout of
+its weights costs), train_step_full (train_step at VoteNet's published size). Needs no download: it measures on procedural
+rooms; --cloud=FILE gives sparse a scan of yours.
 
 Every stage is called twice to compile and warm up, then timed call by call until --seconds have passed; JAX results are
 waited for. The file of --json holds
@@ -36,7 +37,16 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from vrdistill_jax.benchmarks import distill_step, loader, peers, pyramid, sparse, train_step, votenet
+from vrdistill_jax.benchmarks import (
+    attention,
+    distill_step,
+    loader,
+    peers,
+    pyramid,
+    sparse,
+    train_step,
+    votenet,
+)
 from vrdistill_jax.benchmarks.recorder import QUICK, Effort, Recorder, describe_machine
 from vrdistill_jax.command_line import run_verb
 from vrdistill_jax.data.point_checks import check_points
@@ -50,6 +60,7 @@ SUITES: dict[str, Callable[[Recorder], None]] = {
     "peers": peers.run,  # after our own suites: torch keeps threads once it is imported
     "loader": loader.run,
     "sparse": sparse.run,
+    "attention": attention.run,
     "train_step_full": partial(train_step.run, size="full"),
 }
 DEFAULT_SUITES = ("pyramid", "votenet", "train_step", "distill_step", "peers")

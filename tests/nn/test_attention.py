@@ -13,6 +13,7 @@ from vrdistill_jax.nn.attention import (
     MultiHeadAttention,
     attend,
     attend_in_blocks,
+    draw_kept,
 )
 
 SIZE, HEADS, HIDDEN = 12, 3, 20
@@ -110,6 +111,45 @@ def test_dropout_takes_weights_out_and_keeps_the_mean():
         assert len(set(got.round(6))) > 4
         assert abs(got.mean() - 1) < 0.05
     np.testing.assert_allclose(attend_in_blocks(query, key, value, None, 0.25, None), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropped_weights_are_as_random_as_those_of_jax(rate):
+    shape = (2, 4, 256, 256)
+    draw = jax.jit(lambda key: draw_kept(key, rate, shape))
+    kept, again, other = (np.asarray(draw(jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(kept, again)
+
+    def deviations(sample):
+        """Of a mean of independent draws, in standard errors."""
+        count = kept.size // sample.size
+        return (sample - (1 - rate)) / np.sqrt(rate * (1 - rate) / count)
+
+    for axes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (2, 3)):  # of all, of a key, of a query, of a head
+        worst = np.abs(deviations(np.mean(kept, axis=axes))).max()
+        assert worst < 5, axes
+    # Neither neighbours nor the same places under another key, in another head or another scene have to do with each other.
+    centred = kept - (1 - rate)
+    pairs = [
+        (centred, other - (1 - rate)),
+        (centred[..., 1:], centred[..., :-1]),
+        (centred[..., 1:, :], centred[..., :-1, :]),
+        (centred[:, 1:], centred[:, :-1]),
+        (centred[1:], centred[:-1]),
+    ]
+    for left, right in pairs:
+        correlation = np.mean(left * right) / (rate * (1 - rate))
+        assert abs(correlation) < 5 / np.sqrt(left.size)
+    # Runs are as long as they are by chance.
+    following = np.mean(kept[..., 1:] & kept[..., :-1])
+    assert following == pytest.approx((1 - rate) ** 2, abs=0.005)
+
+
+def test_keys_that_follow_each_other_drop_different_weights():
+    keys = jax.random.split(jax.random.key(3), 64)
+    kept = np.asarray(jax.vmap(lambda key: draw_kept(key, 0.5, (4096,)))(keys)).astype(np.float32) - 0.5
+    correlation = kept @ kept.T / (0.25 * 4096)
+    assert np.abs(correlation - np.eye(64)).max() < 6 / np.sqrt(4096)
 
 
 def test_encoder_layer_against_numpy():
