@@ -71,7 +71,7 @@ def write_folder(folder, dataset, name="narrow_small"):
             rows = head.mask[b] & (head.level == n)
             out |= {f"head{n}/points{b}": head.points[b][rows], f"head{n}/bbox_preds{b}": head.box_channels[b][rows],
                     f"head{n}/cls_preds{b}": head.class_logits[b][rows], f"head{n}/boxes_step": 2,
-                    f"head{n}/boxes{b}": boxes[b][rows][::2]}  # fmt: skip
+                    f"head{n}/boxes{b}": boxes[b][rows][::2, : 7 if detector.oriented else 6]}  # fmt: skip
     for variant, suffix in parity_tr3d.VARIANTS.items():
         detector.assigners.top_k.nearest_of_all = variant == "samsung"
         compute = jax.jit(lambda head, scene: parity_tr3d.unreduced_losses(head, scene, detector))

@@ -97,6 +97,25 @@ def test_groups_of_axis_aligned_data_pass_and_changes_show(make, rows):
         assert judge(stored | {name: changed}).failed == [row.name]
 
 
+def test_names_that_fit_two_quantities_are_read_either_way():
+    stored = aligned_boxes()
+    loss, gradient = 1 - stored["aa/iou"], stored["aa/grad_pred_of_sum"]
+    assert judge(stored | {"aa/iou": loss, "aa/diou_grad": gradient, "aa/diou": stored["aa/diou_loss"]}).ok
+    assert judge(stored | {"aa/iou": loss + 1e-3}).failed == ["units:aa/iou"]
+    sums = focal()
+    assert judge(sums | {"focal/loss": sums["focal/loss"].sum(-1)}).ok
+    assert judge(sums | {"focal/loss": np.asarray(sums["focal/loss"].sum())}).ok
+
+
+@pytest.mark.parametrize(("make", "renamed"), [(aligned_boxes, "aa/pred"), (focal, "focal/logits")])
+def test_groups_without_their_inputs_are_listed_not_compared(make, renamed):
+    stored = make()
+    stored[f"{renamed}_of_another_name"] = stored.pop(renamed)
+    table = judge(stored)
+    assert table.rows == []
+    assert len(table.skipped) == len(stored)
+
+
 def test_unknown_groups_and_entries_are_listed():
     table = judge({"new/x": np.ones(3), **focal(), "focal/odd": np.ones(2), "assign/other": np.ones(2)})
     assert table.ok

@@ -7,6 +7,7 @@ import pytest
 from oracles import fcaf3d as oracle
 from oracles import torch_writer
 
+from vrdistill_jax.detectors.fcaf3d import boxes_from_head
 from vrdistill_jax.import_torch import expected_variables, import_checkpoint
 from vrdistill_jax.interop.name_map import check_shapes, flatten
 from vrdistill_jax.interop.torch_fcaf3d import fcaf3d_config, variables_from_fcaf3d
@@ -87,6 +88,22 @@ def test_all_projects_hold_the_same_network(layout, tmp_path):
     assert expected.keys() == got.keys()
     assert all((expected[name] == got[name]).all() for name in expected)
     assert tuple(config.detector.num_blocks) == (3, 4, 6, 3)
+
+
+def test_boxes_of_the_authors_own_project_turn_the_other_way():
+    state = official_state("sunrgbd")
+    kernels = {
+        layout: flatten(variables_from_fcaf3d(rename(state, layout), "sunrgbd")[0])["params/box_head/kernel"]
+        for layout in ("tr3d", "fcaf3d", "mmdetection3d", "mmdetection3d, old")
+    }
+    for layout, kernel in kernels.items():
+        sign = np.where(np.arange(8) == 6, -1 if layout == "fcaf3d" else 1, 1)  # the sine of twice the yaw
+        np.testing.assert_array_equal(kernel, kernels["tr3d"] * sign)
+    points, channels = np.zeros((1, 3), np.float32), np.ones((1, 4), np.float32)
+    yaws = [
+        np.asarray(boxes_from_head(points, channels @ kernels[layout]))[0, 6] for layout in ("tr3d", "fcaf3d")
+    ]
+    assert yaws[0] == pytest.approx(-yaws[1])
 
 
 def test_sizes_may_differ_from_stage_to_stage():

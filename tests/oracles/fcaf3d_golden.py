@@ -142,7 +142,7 @@ def _add_tensor(stored, name, stride, scenes, step):
 def _add_head(stored, prefix, head, step, with_boxes):
     for n, scenes in enumerate(head):
         at = f"{prefix}{n}/"
-        if step > 1:
+        if step > 1 and with_boxes:  # the steps of train_head are those of head
             stored[f"{at}preds_step"] = np.int32(step)
         if with_boxes:
             stored[f"{at}boxes_step"] = np.int32(step)
@@ -172,8 +172,11 @@ def _targets(head, boxes):
         points, *_, level = _joined(head, b)
         assigned = fcaf3d.assign(points, level, rows)
         label = np.where(assigned >= 0, labels[np.maximum(assigned, 0)], -1)
+        # Of the second scene as the reference's code leaves it: anchors without a box have the centreness in the first one.
         center = [
-            -1.0 if g < 0 else fcaf3d.assigners.centerness(point, rows[g].astype(np.float64))
+            -1.0
+            if g < 0 and b == 0
+            else fcaf3d.assigners.centerness(point, rows[max(g, 0)].astype(np.float64))
             for point, g in zip(points, assigned, strict=True)
         ]
         found.append((assigned, label, np.array(center)))

