@@ -214,8 +214,8 @@ def test_more_padding_changes_nothing(small_blocks):
         y = sparse_conv.convolve(y, jnp.swapaxes(kernel, 1, 2), levels[1].down3)
         z = sparse_conv.convolve_transposed(y, kernel, levels[3].up)
         results.append((rows_of(levels[1], y), rows_of(levels[3], z)))
-    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
-    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-5)
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_scene_is_all_padding(small_blocks):

@@ -37,15 +37,15 @@ def run(model, axis_name, wrap):
         losses.append(float(metrics["total"]))
     state = jax.tree.map(np.asarray, state)
     moved = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.params)))
-    assert moved > 1e-3, moved  # a hundred times the tolerance: a gradient wrong by a percent would show
+    assert moved > 1e-3, moved  # fifty times the tolerance: a gradient wrong by two percent would show
     return state, np.array(losses)
 
 one, one_losses = run(votenet.build(config.detector), None, jax.jit)
 eight, eight_losses = run(votenet.build(config.detector, AXIS), AXIS, map_train_step)
 worst = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight)))
 print(one_losses, eight_losses, "worst", worst, "loss", np.abs(one_losses - eight_losses).max(), "moved", np.ptp(one_losses))
-assert worst < 1e-5, worst
-assert np.abs(one_losses / eight_losses - 1).max() < 1e-5
+assert worst < 2e-5, worst  # sums are rounded in another order, which depends on the processor
+assert np.abs(one_losses / eight_losses - 1).max() < 3e-5
 assert np.ptp(one_losses) > 0.1
 """
 
