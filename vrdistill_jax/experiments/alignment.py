@@ -1,6 +1,5 @@
 """How well the scores of a trained TR3D or SR3D agree with its boxes (SR3D: figure 6 and table 6)."""
 
-import json
 import pathlib
 from functools import partial
 from typing import Any
@@ -14,7 +13,8 @@ from vrdistill_jax.data.sources import open_source
 from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.evaluation.average_precision import AveragePrecision
 from vrdistill_jax.evaluation.case_study import CORRECTIONS, correct_scores
-from vrdistill_jax.evaluation.consistency import PredictionConsistency, training_curve
+from vrdistill_jax.evaluation.consistency import PredictionConsistency
+from vrdistill_jax.experiments.analysis import read_curve
 from vrdistill_jax.structs import DetectorOutput, Scene
 from vrdistill_jax.training.checkpoint import load_inference_checkpoint
 
@@ -67,7 +67,7 @@ def analyse_alignment(workdir: str | pathlib.Path, split: str = "val") -> dict[s
         for kind, detections in corrected.items():
             precision[kind].add_batch(detections, scene.boxes, scene.mask)
     points = consistency.detections()
-    return read_curves(pathlib.Path(workdir) / "metrics.jsonl") | {
+    return {name: read_curve(workdir, f"train/{name}") for name in CURVES} | {
         "consistency": consistency.compute()
         | {
             "points": {
@@ -87,9 +87,3 @@ def anchor_points(output: DetectorOutput) -> jax.Array:
     """f32[B, A, 3] where a dense network predicts, in the order of its predictions."""
     levels = [output.taps[name].xyz for name in sorted(output.taps) if name.startswith("level")]
     return jnp.concatenate(levels, 1)
-
-
-def read_curves(path: pathlib.Path) -> dict[str, list[list[float]]]:
-    """The curves of CURVES from a run's metrics; empty ones where nothing was logged."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {name: training_curve(rows, key=f"train/{name}").round(5).tolist() for name in CURVES}

@@ -1,9 +1,10 @@
 """What is measured on a trained run besides average precision, on the held-out scenes.
 
 Where votes are (the distance of votes on objects to the centre of their object: teacher's, refined, student's), how far teacher
-and student find the same objects, and how recall depends on the size of an object.
+and student find the same objects, and how recall depends on the size of an object. Also how what was logged went.
 """
 
+import json
 import pathlib
 from typing import Any
 
@@ -18,6 +19,7 @@ from vrdistill_jax.detectors import find_detector
 from vrdistill_jax.detectors.decoding import PREDICT
 from vrdistill_jax.distillers import vrdistill
 from vrdistill_jax.evaluation.agreement import Agreement, RecallByVolume
+from vrdistill_jax.evaluation.consistency import training_curve
 from vrdistill_jax.structs import Boxes, Detections, DetectorOutput, PointSet, Scene
 from vrdistill_jax.training.checkpoint import load_distiller_params, load_inference_checkpoint
 from vrdistill_jax.training.distill import choose_proposals
@@ -144,6 +146,13 @@ def load_run(workdir: str | pathlib.Path) -> Run:
             module = vrdistill.build(entry, config.detector, teacher.config)
             refinement = (module, load_distiller_params(workdir)["vrdistill"])
     return Run(variables, config, teacher, refinement)
+
+
+def read_curve(workdir: str | pathlib.Path, key: str) -> list[list[float]]:
+    """A logged value over training: [[step, mean of the 50 steps before], ...]; empty where it was not logged."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return training_curve(rows, key=key).round(5).tolist()
 
 
 def distance_sum(votes: PointSet, scene: Scene) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 from ml_collections import ConfigDict
 
 from vrdistill_jax.experiments import alignment
-from vrdistill_jax.experiments.analysis import analyse_run
+from vrdistill_jax.experiments.analysis import analyse_run, read_curve
 from vrdistill_jax.experiments.protocol import list_tests, repeat_tests
 from vrdistill_jax.recipes import DATASETS, DETECTOR_RECIPES, student_config
 from vrdistill_jax.train import train
@@ -279,6 +279,8 @@ def run_cell(cell: Cell, study: Study, command: str) -> bool:
                 "config": json.loads((folder / "config.json").read_text()),
                 "result": result,
                 "analysis": analyse_run(folder),
+                # Of the detector; a distilled student logs its whole loss as "total".
+                "loss": read_curve(folder, "train/detection" if cell.methods else "train/total"),
             }
             if cell.detector in alignment.DETECTORS:
                 record["alignment"] = alignment.analyse_alignment(folder)

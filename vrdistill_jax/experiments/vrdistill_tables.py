@@ -7,6 +7,8 @@ the row's mean.
 
 from typing import Any
 
+import numpy as np
+
 from vrdistill_jax.experiments import family_tables
 from vrdistill_jax.experiments.cost import cost_table
 from vrdistill_jax.experiments.grid import TEACHER, Study
@@ -318,10 +320,25 @@ def _score_table(number: int | str, study: Study, seeds: int) -> Table:
     columns = ["model", "width", "seeds"]
     for metric in METRICS:
         columns += [metric, "gain", "paper"]
-    notes = _notes(records, study)
+    notes = _notes(records, study) + _loss_notes(records)
     if number in family_tables.REMARKS:
         notes.append(family_tables.REMARKS[number])
     return Table(f"{title} ({study.dataset}, budget {study.budget})", columns, lines, notes, data)
+
+
+def _loss_notes(records: dict[Row, dict[int, dict]]) -> list[str]:
+    """How far training took the detector's loss, of the lines whose runs have recorded it."""
+    fallen = []
+    for row, of_row in records.items():
+        curves = [record["loss"] for record in of_row.values() if record.get("loss")]
+        if curves:
+            first, last = (np.mean([curve[end][1] for curve in curves]) for end in (0, -1))
+            fallen.append(f"{row.label} {WIDTH_NAMES[row.width]}: {first:.1f} to {last:.1f}")
+    return (
+        [f"Detection loss, mean of the first and of the last 50 steps: {', '.join(fallen)}."]
+        if fallen
+        else []
+    )
 
 
 def _student_of(row: Row) -> tuple:
