@@ -43,6 +43,18 @@ def test_runs_the_teacher_first_and_records_everything(done, cells):
     assert 0 <= record["result"]["mAP@0.25"] <= 1
 
 
+def test_records_and_tables_show_the_detectors_loss(done, cells):
+    teacher, alone, taught = (done.read(c) for c in (teacher_of(cells[1]), *cells))
+    steps = teacher["config"]["train"]["num_steps"]
+    for record, cell, key in ((alone, cells[0], "train/total"), (taught, cells[1], "train/detection")):
+        rows = [json.loads(line) for line in (done.folder(cell) / "metrics.jsonl").read_text().splitlines()]
+        logged = [row[key] for row in rows if key in row]
+        assert len(logged) == steps <= 50  # one point of the curve
+        assert record["loss"] == [[50.0, pytest.approx(sum(logged) / steps, rel=1e-4)]]
+    first = f"Student 1/2: {alone['loss'][0][1]:.1f} to {alone['loss'][0][1]:.1f}"
+    assert any(first in note for note in make_table(3, done, 1).notes)
+
+
 def test_nothing_is_run_twice(done, cells, monkeypatch):
     monkeypatch.setattr(grid, "train", lambda *_: pytest.fail("a finished cell was run again"))
     assert run_cells(cells, done, "again") == []
