@@ -85,10 +85,13 @@ def test_the_network_gives_the_numbers_of_a_numpy_twin(masked):
         assert np.abs(unmasked.raw.head.center - head.center).max() > 1e-3
 
 
+SMALL = {"decoder_layers": 1, "encoder_layers": 1}
+
+
 def test_options_of_the_training_script_are_taken_over():
     options = {
         "nqueries": 77, "enc_nhead": 2, "mlp_dropout": 0.2, "loss_giou_weight": 0.5, "matcher_cls_cost": 4,
-        "loss_no_object_weight": 0.3, "checkpoint_dir": "somewhere",
+        "loss_no_object_weight": 0.3, "checkpoint_dir": "somewhere", "preenc_npoints": 1000, "dec_nhead": 2,
     }  # fmt: skip
     state = make_state(10, 12, False, decoder_layers=1)
     detector = variables_from_three_detr({"model": state, "args": options}, "sunrgbd")[1].detector
@@ -96,9 +99,10 @@ def test_options_of_the_training_script_are_taken_over():
     assert (detector.loss_weight.giou, detector.loss_weight["class"]) == (0.5, 1.0)
     assert (detector.match_cost["class"], detector.match_cost.center) == (4.0, 5.0)
     assert detector.no_object_weight == 0.3
-
-
-SMALL = {"decoder_layers": 1, "encoder_layers": 1}
+    assert detector.levels == ((1000, 0.2, 64),)
+    masked = {"model": make_state(10, 12, True, **SMALL), "args": options}
+    detector = variables_from_three_detr(masked, "sunrgbd")[1].detector
+    assert detector.levels == ((1000, 0.2, 64), (500, 0.4, 32))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +114,8 @@ SMALL = {"decoder_layers": 1, "encoder_layers": 1}
         (make_state(10, 12, False, features=2, **SMALL), False, "reads 2 features per point"),
         ({"model": make_state(10, 12, False, **SMALL), "args": {"nqueries": 10**9}}, False, "nqueries is 1000000000"),
         ({"model": make_state(10, 12, False, **SMALL), "args": {"mlp_dropout": "x"}}, False, "mlp_dropout is no finite"),
+        ({"model": make_state(10, 12, False, **SMALL), "args": {"dec_nhead": 8}}, False, "decoder has 8 .* encoder 4"),
+        ({"model": make_state(10, 12, False, **SMALL), "args": {"pos_embed": "sine"}}, False, "pos_embed='sine'"),
         ({"epoch": 1}, False, "no state_dict"),
     ],
 )  # fmt: skip

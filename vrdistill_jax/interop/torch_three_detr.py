@@ -35,6 +35,9 @@ _HEADS = {
 _FEATURES: dict[int, tuple[str, ...]] = {0: (), 3: ("color",)}
 # Entries of the training script's options -> entries of our config, and the largest value that makes sense.
 _COUNTS = {"nqueries": ("num_proposals", 4096), "enc_nhead": ("num_heads", 64)}
+# Options of which only one value is built here.
+_ONLY = {"enc_activation": "relu", "pos_embed": "fourier"}
+_MAX_TOKENS = 65536
 _RATES = {"enc_dropout": "encoder_dropout", "dec_dropout": "decoder_dropout", "mlp_dropout": "head_dropout"}
 _WEIGHTS = {
     "matcher_cls_cost": "match_cost.class",
@@ -200,13 +203,26 @@ def configure_from_shapes(variables: Variables, config: ConfigDict) -> None:
 
 
 def configure_from_options(options: Mapping[str, Any], detector: ConfigDict) -> None:
-    """Takes the number of queries, dropout rates and weights over from the training script's options.
+    """Takes the numbers of queries, tokens and heads, dropout rates and weights over from the training script's options.
 
     Raises:
-      ValueError: for a value that cannot be meant.
+      ValueError: for a value that cannot be meant, or a network that is not built here.
     """
+    for name, value in _ONLY.items():
+        if options.get(name, value) != value:
+            raise ValueError(
+                f"the checkpoint was trained with {name}={options[name]!r}; only {value!r} is known"
+            )
     for theirs, (ours, limit) in _COUNTS.items():
         detector[ours] = int(read_number(options, theirs, detector[ours], 1, limit))
+    if read_number(options, "dec_nhead", detector.num_heads, 1, 64) != detector.num_heads:
+        raise ValueError(
+            f"the checkpoint's decoder has {options['dec_nhead']} attention heads, its encoder {detector.num_heads}; only "
+            "equal numbers are known"
+        )
+    (tokens, *ball), *below = detector.levels
+    tokens = int(read_number(options, "preenc_npoints", tokens, 2, _MAX_TOKENS))
+    detector.levels = ((tokens, *ball), *((tokens // 2, *rest) for _, *rest in below))
     for theirs, ours in _RATES.items():
         detector[ours] = float(read_number(options, theirs, detector[ours], 0, 0.999))
     for theirs, ours in _WEIGHTS.items():
