@@ -117,7 +117,7 @@ def test_table_has_scores_gains_and_the_papers_numbers(done):
     assert by_label["soft mask"]["mAP@0.25"]["mean"] is None
     for text in (as_text(table), as_markdown(table)):
         assert "58.8" in text
-        assert "the command" in text
+        assert "reproduce --table=3 --budget=tiny; the" in text
 
 
 def test_every_distilled_line_has_its_student_alone():

@@ -90,7 +90,7 @@ def test_table_1_has_best_and_mean_of_all_tests(study):
     assert sr3d.cell(0).detector == "sr3d"
     for text in (as_text(table), as_markdown(table)):
         assert "of 3 tests each" in text
-        assert "the command" in text
+        assert "Command: python -m vrdistill_jax.reproduce --paper=sr3d --table=1" in text
 
 
 def test_ablations_stand_beside_the_papers_means(study):

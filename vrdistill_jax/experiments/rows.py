@@ -69,3 +69,11 @@ def describe_runs(records: Iterable[dict]) -> tuple[list[str], str]:
         f"{'Each run' if every else ', '.join(sorted(set(names)))}: {text}" for text, names in lines.items()
     ]
     return runs, f"Ours: {'; '.join(environments)}."
+
+
+def describe_command(table: str, study: Study, default_dataset: str) -> str:
+    """What makes a table, for instance of `table` "--paper=sr3d --table=2"; `default_dataset` need not be named."""
+    words = ["python -m vrdistill_jax.reproduce", table]
+    words += [f"--dataset={study.dataset}"] * (study.dataset != default_dataset)
+    words += [f"--budget={study.budget}"] * (study.budget != "small")
+    return f"Command: {' '.join(words)}; the JSON file of each run has its own."

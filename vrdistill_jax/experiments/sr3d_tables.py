@@ -12,7 +12,14 @@ from vrdistill_jax.detectors.sr3d import VARIANTS
 from vrdistill_jax.experiments.grid import TEACHER, Study
 from vrdistill_jax.experiments.protocol import METRICS, summarize
 from vrdistill_jax.experiments.rendering import Table, mean_and_std, percent
-from vrdistill_jax.experiments.rows import Row, Score, describe_runs, find_rows, read_records
+from vrdistill_jax.experiments.rows import (
+    Row,
+    Score,
+    describe_command,
+    describe_runs,
+    find_rows,
+    read_records,
+)
 from vrdistill_jax.experiments.training_cost import training_cost_table
 from vrdistill_jax.losses.ranking import RDL_VARIANTS
 from vrdistill_jax.recipes import DATASETS
@@ -137,7 +144,7 @@ def _score_table(number: int, title: str, records: dict[Row, list[dict]], study:
     columns = ["model", "trainings"]
     for metric in METRICS:
         columns += [metric, "paper"] if number != 1 else [f"{metric} best", "mean", "paper: best (mean)"]
-    return Table(title, [*columns, *ALIGNMENT, "PCE"], lines, _notes(records, number, oriented), data)
+    return Table(title, [*columns, *ALIGNMENT, "PCE"], lines, _notes(records, number, study), data)
 
 
 ALIGNMENT = {"AIC": "aic_top_k", "score": "score_top_k", "IoU": "quality_top_k"}  # columns and curves
@@ -173,17 +180,18 @@ def _case_study_table(title: str, records: list[dict], study: Study) -> Table:
     notes = [
         "gt_ctr: scores of anchors inside a true box are multiplied by their centerness in it; gt_iou: the score of the true "
         "class becomes the IoU of the anchor's box. Both before suppression.",
-        *_notes({_BASELINE: records}, 6, False),
+        *_notes({_BASELINE: records}, 6, study),
     ]
     return Table(title, columns, lines, notes, data)
 
 
-def _notes(records: dict[Row, list[dict]], number: int, oriented: bool) -> list[str]:
+def _notes(records: dict[Row, list[dict]], number: int, study: Study) -> list[str]:
     """What a reader must know of the runs."""
     every = [record for of_row in records.values() for record in of_row]
     if not every:
         return ["No cell has been run yet."]
     tests = max(len(record.get("tests", [0])) for record in every)
+    oriented = DATASETS[study.dataset]("tiny").dataset.oriented
     where = "SUN RGB-D" if number == 1 and oriented else "ScanNet V2"
     runs, machines = describe_runs(every)
     lines = [
@@ -198,4 +206,4 @@ def _notes(records: dict[Row, list[dict]], number: int, oriented: bool) -> list[
             "score, IoU: the means of both; PCE: |score - IoU| of the 30 most certain detections of each class. AIC and PCE "
             "are better small."
         )
-    return [*lines, f"Command: {every[0]['command']}"]
+    return [*lines, describe_command(f"--paper=sr3d --table={number}", study, "synthrooms")]

@@ -13,7 +13,15 @@ from vrdistill_jax.experiments import family_tables
 from vrdistill_jax.experiments.cost import cost_table
 from vrdistill_jax.experiments.grid import TEACHER, Study
 from vrdistill_jax.experiments.rendering import Table, mean_and_std, percent
-from vrdistill_jax.experiments.rows import METRICS, Row, Score, describe_runs, find_rows, read_records
+from vrdistill_jax.experiments.rows import (
+    METRICS,
+    Row,
+    Score,
+    describe_command,
+    describe_runs,
+    find_rows,
+    read_records,
+)
 
 METHOD_NAMES = {
     "alone": "Student",
@@ -320,7 +328,7 @@ def _score_table(number: int | str, study: Study, seeds: int) -> Table:
     columns = ["model", "width", "seeds"]
     for metric in METRICS:
         columns += [metric, "gain", "paper"]
-    notes = _notes(records, study) + _loss_notes(records)
+    notes = _notes(records, number, study) + _loss_notes(records)
     if number in family_tables.REMARKS:
         notes.append(family_tables.REMARKS[number])
     return Table(f"{title} ({study.dataset}, budget {study.budget})", columns, lines, notes, data)
@@ -366,11 +374,11 @@ def _class_table(study: Study, seeds: int) -> Table:
         lines.append(line)
     columns = ["class"] + [heading for row in rows for heading in (row.label, "paper")]
     return Table(
-        f"{title} ({study.dataset}, budget {study.budget})", columns, lines, _notes(records, study), data
+        f"{title} ({study.dataset}, budget {study.budget})", columns, lines, _notes(records, 6, study), data
     )
 
 
-def _notes(records: dict[Row, dict[int, dict]], study: Study) -> list[str]:
+def _notes(records: dict[Row, dict[int, dict]], number: int | str, study: Study) -> list[str]:
     """What a reader must know of the runs."""
     every = [record for of_row in records.values() for record in of_row.values()]
     if not every:
@@ -380,5 +388,5 @@ def _notes(records: dict[Row, dict[int, dict]], study: Study) -> list[str]:
         *runs[:-1],
         f"{runs[-1]} Mean ± standard deviation over seeds; gain: over the student alone with the same seed.",
         f"Paper: ScanNet V2 or SUN RGB-D at full size, so only gains compare. {machines}",
-        f"Command: {every[0]['command']}",
+        describe_command(f"--table={number}", study, DATASETS_OF_TABLES.get(number, "synthrooms")),
     ]
