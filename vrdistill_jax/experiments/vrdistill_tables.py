@@ -33,10 +33,8 @@ METHOD_NAMES = {
     "sparsekd": "SparseKD",
     "vrdistill": "VRDistill",
 }
-DATASETS_OF_TABLES = {
-    2: "synthrooms_view",
-    5: "synthrooms_view",
-}  # where no dataset is named; the others: synthrooms
+# Where no dataset is named; the others: synthrooms.
+DATASETS_OF_TABLES: dict[int | str, str] = {2: "synthrooms_view", 5: "synthrooms_view"}
 WIDTH_NAMES = {TEACHER: "1", "half": "1/2", "quarter": "1/4"}
 
 PAPER_TEACHERS: dict[int, Score] = {1: (58.1, 33.4), 2: (57.9, 35.7)}
