@@ -25,12 +25,11 @@ class VoteRefinement(nn.Module):
 
     Attributes:
       size: C, channels of the votes.
-      layers, heads, neighbors, bias_sign, ffn_ratio, cross_query, offset_norm, stop_bias_gradient: entries of
+      layers, heads, neighbors, bias_sign, ffn_ratio, cross_query, stop_bias_gradient: entries of
         `vrdistill.default_config`.
 
     Source: VRDistill, equations 1 and 2 and figure 3.
-    Differs: normalisation comes before each branch, not after it (pre-LN), which the zero start needs; before that of the
-      offsets only with `offset_norm`.
+    Differs: normalisation comes before each branch, not after it (pre-LN), which the zero start needs.
     """
 
     size: int
@@ -40,7 +39,6 @@ class VoteRefinement(nn.Module):
     bias_sign: int = 1
     ffn_ratio: int = 2
     cross_query: str = "refined"
-    offset_norm: bool = False
     stop_bias_gradient: bool = True
 
     @nn.compact
@@ -73,8 +71,7 @@ class VoteRefinement(nn.Module):
             x = jax.nn.relu(Dense(self.size, hidden, name=f"ffn_in{n}")(x))
             features = features + branch_end(hidden, self.size, name=f"ffn_out{n}")(x)
 
-            x = norm(name=f"offset_norm{n}")(features) if self.offset_norm else features
-            x = jax.nn.relu(Dense(self.size, self.size, name=f"offset_in{n}")(x))
+            x = jax.nn.relu(Dense(self.size, self.size, name=f"offset_in{n}")(features))
             xyz = xyz + branch_end(self.size, 3, name=f"offset_out{n}")(x)
         return votes._replace(xyz=xyz, features=features)
 

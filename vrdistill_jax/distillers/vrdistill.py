@@ -52,8 +52,6 @@ def default_config() -> ConfigDict:
         0 none, -1 nearer ones weigh more.
       ffn_ratio: hidden channels of the feed-forward layers per channel.
       cross_query: which votes ask in the cross-attention, "refined" or "initial"; the others are keys and values.
-      offset_norm: normalises what the offsets are computed from. Without it, features that grow can switch all units of that
-        branch off for good, after which votes stay where they are: seen with teachers other than VoteNet.
       mask: "soft" (equation 3), "hard" (1 inside a box, 0 outside) or "off" (1).
       sigma: of the soft mask.
       normalize_mask: multiplies the soft mask by sigma, so that it is 1 at a centre whatever sigma is.
@@ -84,7 +82,6 @@ def default_config() -> ConfigDict:
             bias_sign=1,
             ffn_ratio=2,
             cross_query="refined",
-            offset_norm=False,
             mask="soft",
             sigma=1.0,
             normalize_mask=False,
@@ -160,7 +157,6 @@ class VRDistill(nn.Module):
     bias_sign: int = 1
     ffn_ratio: int = 2
     cross_query: str = "refined"
-    offset_norm: bool = False
     mask: str = "soft"
     sigma: float = 1.0
     normalize_mask: bool = False
@@ -306,7 +302,6 @@ class VRDistill(nn.Module):
             bias_sign=self.bias_sign,
             ffn_ratio=self.ffn_ratio,
             cross_query=self.cross_query,
-            offset_norm=self.offset_norm,
             stop_bias_gradient=self.stop_bias_gradient,
             name=name,
             parent=self if name else None,
