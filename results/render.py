@@ -122,7 +122,7 @@ SECTIONS = {
     **{f"vrdistill_table{n}": partial(table_of_runs, "vrdistill", n) for n in (1, 3, 4, 6, 7, 9)},
     **{
         f"vrdistill_{name}": partial(table_of_runs, "vrdistill", name)
-        for name in ("readings", "cross_family")
+        for name in ("readings", "cross_family", "slow_refinement")
     },
     **{f"sr3d_table{n}": partial(table_of_runs, "sr3d", n) for n in range(1, 7)},
 }

@@ -59,7 +59,8 @@ def make_distillation(
 
     Args:
       config: the whole config. The optimiser is the student's (with clipping of its own), except that
-        config.optimizer.distiller_weight_decay, if it is there, replaces weight_decay, and group_rates are not meant for it.
+        config.optimizer.distiller_weight_decay and distiller_group_rates, if they are there, replace weight_decay and
+        group_rates (where a rate of 1 needs no such group).
       teacher: of the run.
       schedule: learning rate by step.
       axis_name: mapped device axis, or None.
@@ -90,7 +91,8 @@ def make_distillation(
         methods[name] = Method(module, needs_aligned, needs_judge)
     settings = ConfigDict(config.optimizer.to_dict())
     settings.weight_decay = settings.get("distiller_weight_decay", settings.weight_decay)
-    settings.group_rates = ConfigDict()
+    rates = settings.get("distiller_group_rates", ConfigDict())
+    settings.group_rates = ConfigDict({part: rate for part, rate in rates.items() if rate != 1})
     return Distillation(
         teacher, methods, make_optimizer(settings, schedule), guided if guided.label else None
     )
