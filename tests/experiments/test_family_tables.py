@@ -7,6 +7,7 @@ from vrdistill_jax.experiments.family_tables import (
     CROSS_FAMILY,
     FAMILIES,
     PAPER,
+    SLOW_REFINEMENT,
     cross_family_rows,
     family_rows,
 )
@@ -58,6 +59,22 @@ def test_cross_family_students_differ_in_their_teacher_only(tmp_path):
         dataset = cell_config(cell, study).dataset
         assert dataset.num_points == configs[0]["dataset"]["num_points"]
         assert dataset.room_size == configs[0]["dataset"]["room_size"]
+
+
+def test_a_slow_refinement_is_compared_with_the_same_student(tmp_path):
+    study = Study("synthrooms", "small", tmp_path / "runs", tmp_path / "results")
+    rows = table_rows(SLOW_REFINEMENT)
+    slow = [row for row in rows if row.label.endswith("; slow")]
+    assert len(slow) == 4
+    for row in slow:
+        as_usual = row._replace(label=row.label.removesuffix("; slow"), changes=())
+        assert as_usual in rows
+        ours, theirs = (cell_config(r.cell(0), study).to_dict() for r in (row, as_usual))
+        assert ours["optimizer"].pop("distiller_group_rates") == {"refinement": 0.1}
+        assert theirs["optimizer"].pop("distiller_group_rates") == {"refinement": 1.0}
+        assert ours == theirs
+        assert teacher_of(row.cell(1)) == teacher_of(as_usual.cell(1))
+        assert row.cell(0).student_changes == ()
 
 
 def test_doubtful_numbers_are_remarked_upon(tmp_path):

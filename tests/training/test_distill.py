@@ -120,6 +120,19 @@ def test_distiller_parameters_decay_on_their_own(teacher_dir, tmp_path):
     np.testing.assert_allclose(updates["w"], -0.1 * 0.5 * 2.0, rtol=1e-5)
 
 
+def test_distiller_parameters_learn_at_rates_of_their_own(teacher_dir, tmp_path):
+    config = distill_config(teacher_dir, ("vrdistill",))
+    config.optimizer.update(name="adamw", weight_decay=0.0)
+    config.optimizer.distiller_group_rates = ConfigDict({"refinement": 0.1, "nothing": 1.0})
+    optimizer = make_distillation(
+        config, load_teacher(config, tmp_path), optax.constant_schedule(0.5)
+    ).optimizer
+    params = {"vrdistill": {"refinement": {"w": np.float32([2.0])}, "align": {"w": np.float32([2.0])}}}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["vrdistill"]["align"]["w"], -0.5, rtol=1e-5)
+    np.testing.assert_allclose(updates["vrdistill"]["refinement"]["w"], -0.05, rtol=1e-5)
+
+
 def test_teacher_guided_start_and_labels(teacher_dir, tmp_path):
     """The student starts from a slice of the teacher; the teacher's boxes enter the detection loss only, not FGD's regions."""
     config = distill_config(teacher_dir, ("fgd",))

@@ -85,7 +85,9 @@ class Cell(NamedTuple):
     def student_changes(self) -> tuple[tuple[str, Any], ...]:
         """Those of its changes that make another student, whoever teaches it: of its network or its training."""
         return tuple(
-            change for change in self.changes if not change[0].startswith(("distiller.", "teacher."))
+            change
+            for change in self.changes
+            if not change[0].startswith(("distiller.", "optimizer.distiller_", "teacher."))
         )
 
     @property
