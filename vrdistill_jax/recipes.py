@@ -384,9 +384,7 @@ def student_config(
     if not methods:
         return config
     config.optimizer.distiller_weight_decay = 1e-2
-    config.optimizer.distiller_group_rates = ConfigDict(
-        {"refinement": 1.0}
-    )  # parameters whose path contains it
+    config.optimizer.distiller_group_rates = ConfigDict({"refinement": 1.0})
     config.teacher = default_teacher_config(teacher or detector)
     config.distiller = ConfigDict({"methods": {}, "teacher_guided": teacher_guided.default_config()})
     with config.unlocked():

@@ -12,7 +12,8 @@ from vrdistill_jax.experiments.family_tables import (
     family_rows,
 )
 from vrdistill_jax.experiments.grid import Cell, Study, cell_config, teacher_of
-from vrdistill_jax.experiments.vrdistill_tables import make_table, table_rows
+from vrdistill_jax.experiments.rows import describe_command
+from vrdistill_jax.experiments.vrdistill_tables import _loss_notes, make_table, table_rows
 
 # Gains over the student as the paper prints them beside its scores: half and quarter width, each at IoU 0.25 and 0.5.
 PRINTED_GAINS = {
@@ -75,6 +76,26 @@ def test_a_slow_refinement_is_compared_with_the_same_student(tmp_path):
         assert ours == theirs
         assert teacher_of(row.cell(1)) == teacher_of(as_usual.cell(1))
         assert row.cell(0).student_changes == ()
+
+
+def test_a_table_says_where_the_losses_began_and_ended():
+    row, without = table_rows(4)[:2]
+    records = {
+        row: {0: {"loss": [[50, 9.0], [100, 5.0], [150, 2.0]]}, 1: {"loss": [[50, 11.0], [100, 4.0]]}},
+        without: {0: {}},
+    }
+    (note,) = _loss_notes(records)
+    assert note.endswith("steps: Group-Free-3D: teacher 1: 10.0 to 3.0.")
+    assert _loss_notes({without: {0: {}}}) == []
+
+
+def test_the_command_of_a_table_names_what_is_not_its_default(tmp_path):
+    study = Study("synthrooms", "full", tmp_path / "runs", tmp_path / "results")
+    words = describe_command("--table=5", study, "synthrooms_view")
+    assert "reproduce --table=5 --dataset=synthrooms --budget=full;" in words
+    assert "reproduce --table=4;" in describe_command(
+        "--table=4", study._replace(budget="small"), "synthrooms"
+    )
 
 
 def test_doubtful_numbers_are_remarked_upon(tmp_path):

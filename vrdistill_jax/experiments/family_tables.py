@@ -1,4 +1,4 @@
-"""VRDistill's tables of detectors other than VoteNet, and one of teachers and students of different families.
+"""VRDistill's tables of other detectors, one of teachers of other families, and one of a refinement that learns slowly.
 
 Source of the numbers: "VRDistill: Vote Refinement Distillation for Efficient Indoor 3D Object Detection" (2024), tables 4 and 5
 (mAP in %). The last two tables are in no paper.

@@ -60,7 +60,7 @@ def make_distillation(
     Args:
       config: the whole config. The optimiser is the student's (with clipping of its own), except that
         config.optimizer.distiller_weight_decay and distiller_group_rates, if they are there, replace weight_decay and
-        group_rates (where a rate of 1 needs no such group).
+        group_rates (a group whose rate is 1 need not be there: a method may have no refinement).
       teacher: of the run.
       schedule: learning rate by step.
       axis_name: mapped device axis, or None.

@@ -49,7 +49,7 @@ def scale_groups(rates: Mapping[str, float]) -> optax.GradientTransformation:
     """
     for part, factor in rates.items():
         if not (math.isfinite(factor) and factor > 0):
-            raise ValueError(f"optimizer.group_rates.{part} is {factor}; expected a positive factor")
+            raise ValueError(f"group_rates.{part} is {factor}; expected a positive factor")
 
     def init(params):
         paths = [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
@@ -57,7 +57,8 @@ def scale_groups(rates: Mapping[str, float]) -> optax.GradientTransformation:
             if not any(part in path for path in paths):
                 tops = sorted({path.partition("/")[0] for path in paths})
                 raise ValueError(
-                    f"optimizer.group_rates names {part!r}, which no parameter's path contains; there are {', '.join(tops)}"
+                    f"group_rates (or distiller_group_rates) names {part!r}, which no parameter's path contains; there are "
+                    f"{', '.join(tops)}"
                 )
         return optax.EmptyState()
 
